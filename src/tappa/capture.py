@@ -1,0 +1,311 @@
+"""Queries and keys of every attention layer, while the model runs and without changing it.
+
+A function registered with transformers' AttentionInterface stands in for the model's own kernel:
+it hands one layer's post-RoPE queries and keys to a callback and then calls that kernel, so logits
+stay bit-identical. Nothing is patched, and everything is put back even when the callback raises.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tappa.attention_profile import Attention
+from tappa.errors import CaptureError, ModelError
+from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
+
+PREFIX = "tappa_capture"
+CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past"}
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One attention layer on one chunk of one prompt, padding cut off.
+
+    Query t stands at position `query_start + t` of the prompt, key i at `key_start + i`.
+    """
+
+    layer: int
+    row: int  # which prompt of the batch
+    queries: Float[Tensor, "heads steps dim"]  # post-RoPE, float32
+    keys: Float[Tensor, "kv_heads past dim"]  # post-RoPE, float32
+    rotary: RotaryChannels
+    attention: Attention
+    query_start: int
+    key_start: int
+
+    def unrotate(self, x: Float[Tensor, "heads tokens dim"], start: int) -> Tensor:
+        """Vectors before RoPE, of consecutive positions from `start` on."""
+        positions = torch.arange(start, start + x.shape[-2], device=x.device)
+        return self.rotary.unrotate(x, positions)
+
+
+Consumer = Callable[[LayerView], None]
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    consume: Consumer,
+    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Run the model over prompts and call `consume` once for every layer, chunk and prompt.
+
+    Padding (left or right, by `attention_mask`) is cut off before `consume` sees a layer. With
+    `chunk`, the prompt goes in pieces of that many tokens with a KV cache, so that activations
+    need memory for one piece only; then there can be no padding. Returns the last logits.
+
+    Raises:
+        CaptureError: the model's attention is not what the analysis understands.
+    """
+    device = next(model.parameters()).device
+    input_ids = input_ids.to(device)
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    if chunk is not None and attention_mask is not None:
+        raise CaptureError("expected prompts without padding for a chunked prefill")
+    with torch.inference_mode(), _capturing(model, consume) as session:
+        if chunk is None or chunk >= input_ids.shape[1]:
+            return session.forward(input_ids, attention_mask, None).logits
+        cache = DynamicCache(config=model.config)
+        for piece in input_ids.split(chunk, dim=1):
+            logits = session.forward(piece, None, cache).logits
+        return logits
+
+
+@dataclass
+class _Session:
+    """State of one capture: what is running, and what is known of each layer."""
+
+    model: PreTrainedModel
+    consume: Consumer
+    inv_freqs: list[Tensor]
+    wrapped: str  # name of the model's own attention implementation
+    start: int = 0  # tokens seen before this forward pass
+    spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    tables: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layouts: dict[nn.Module, RotaryLayout] = field(default_factory=dict)
+    frequencies: dict[nn.Module, Tensor] = field(default_factory=dict)
+    probed: list[Tensor] | None = None
+    layers_seen: int = 0
+
+    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None):  # noqa: ANN201
+        """One forward pass, with explicit positions that do not count padding."""
+        batch, tokens = ids.shape
+        valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        self.spans = [_span(row) for row in valid.bool()]
+        self.positions = (valid.cumsum(1) - 1).clamp_min(0) + self.start
+        self.layers_seen = 0
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=self.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        if self.layers_seen == 0:
+            raise ModelError(
+                f"{type(self.model).__name__} does not use transformers' attention interface: "
+                "its queries and keys cannot be seen"
+            )
+        self.start += tokens
+        return out
+
+    def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a module that takes `position_embeddings`: learn its rotary layout, once."""
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        table = call.arguments.get("position_embeddings")
+        self.tables.pop(module, None)
+        if table is None or not hasattr(module, "layer_idx"):
+            return
+        if not (isinstance(table, tuple) and len(table) == 2 and table[0].is_floating_point()):
+            raise CaptureError(
+                f"expected RoPE tables (cos, sin), {type(module).__name__} takes another form"
+            )
+        self.tables[module] = table
+        if module not in self.layouts and _is_attention(module):
+            self.layouts[module] = self._probe(module, call)
+
+    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
+        """Run the attention module alone on random vectors with made-up tables."""
+        hidden, (cos, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(1, 8, hidden.shape[-1], generator=generator).to(hidden)
+        arguments = {}
+        for name, value in call.arguments.items():
+            keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            arguments |= value if keywords else {name: value}
+        arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
+        arguments |= {"hidden_states": noise, "attention_mask": None}
+
+        def rotate_with(cos_table: Tensor, sin_table: Tensor) -> Tensor:
+            tables = tuple(t[None].to(cos) for t in (cos_table, sin_table))
+            self.probed = []
+            module.forward(**(arguments | {"position_embeddings": tables}))
+            return self.probed[0][0]
+
+        try:
+            return probe_layout(rotate_with, cos.shape[-1])
+        finally:
+            self.probed = None
+
+    def attend(  # noqa: PLR0917
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """In place of the model's attention kernel: show the layer to `consume`, then call it."""
+        if self.probed is not None:
+            self.probed.append(query)
+            shape = (*query.shape[:3], value.shape[-1])
+            return query.new_zeros(shape).transpose(1, 2), None
+        output = _own_kernel(self.wrapped, module)(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        self._show(module, query, key, attention_mask, kwargs)
+        return output
+
+    def _show(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict
+    ) -> None:
+        attention = _attention_of(module, query, kwargs)
+        rotary = self._rotary(module)
+        self.layers_seen += 1
+        seen = self.start + query.shape[2]
+        for row, (first, last) in enumerate(self.spans):
+            pad = 0 if self.start else first
+            end = key.shape[2] - (query.shape[2] - last)
+            view = LayerView(
+                layer=int(module.layer_idx),
+                row=row,
+                queries=query[row, :, first:last].float(),
+                keys=key[row, :, pad:end].float(),
+                rotary=rotary.to(query.device),
+                attention=attention,
+                query_start=self.start,
+                key_start=seen - key.shape[2],
+            )
+            _check_mask(mask, view, first, pad)
+            self.consume(view)
+
+    def _rotary(self, module: nn.Module) -> RotaryChannels:
+        """The rotary channels of a layer, with frequencies as they are in this forward pass."""
+        if module not in self.tables:
+            raise ModelError(
+                f"expected a model with rotary position embeddings (RoPE), but "
+                f"{type(module).__name__} of {type(self.model).__name__} gets none"
+            )
+        row = max(range(len(self.spans)), key=lambda r: self.spans[r][1] - self.spans[r][0])
+        first, last = self.spans[row]
+        cos, sin = (t[row if len(t) > 1 else 0, first:last] for t in self.tables[module])
+        theta = match_frequencies(cos, sin, self.positions[row, first:last], self.inv_freqs)
+        known = self.frequencies.setdefault(module, theta)
+        if not torch.equal(known, theta):
+            raise CaptureError(
+                "RoPE frequencies changed between chunks (dynamic scaling): "
+                "analyse this prompt in one piece (chunk=None)"
+            )
+        return self.layouts[module].channels(theta)
+
+
+@contextmanager
+def _capturing(model: PreTrainedModel, consume: Consumer) -> Iterator[_Session]:
+    """Register the capture, switch the model to it, and put everything back."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    wrapped = model.config.get_text_config()._attn_implementation
+    if wrapped.startswith(PREFIX):
+        raise CaptureError("this model is already being captured")
+    session = _Session(model, consume, _inv_freqs(model), wrapped)
+    name = f"{PREFIX}_{id(session):x}"  # its own, so that two models can be captured at once
+    AttentionInterface.register(name, session.attend)
+    if wrapped in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[wrapped])
+    hooks = [
+        module.register_forward_pre_hook(session.remember, with_kwargs=True)
+        for module in model.modules()
+        if "position_embeddings" in inspect.signature(module.forward).parameters
+    ]
+    try:
+        for config in configs.values():
+            config._attn_implementation = name
+        yield session
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for hook in hooks:
+            hook.remove()
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(name, None)
+
+
+def _inv_freqs(model: nn.Module) -> list[Tensor]:
+    """Every table of rotary frequencies of the model (several if layer types differ)."""
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    ]
+
+
+def _own_kernel(name: str, module: nn.Module) -> Callable:
+    """The attention function that the model would have called."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager if name == "eager" and eager is not None else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention module, and not a decoder layer around one."""
+    return hasattr(module, "scaling") or hasattr(module, "head_dim")
+
+
+def _span(valid: Tensor) -> tuple[int, int]:
+    """First and last + 1 of the tokens that are no padding, which must be in one piece."""
+    at = valid.nonzero()[:, 0]
+    if len(at) == 0 or int(at[-1] - at[0]) + 1 != len(at):
+        raise CaptureError("expected padding on the left or on the right of a prompt only")
+    return int(at[0]), int(at[-1]) + 1
+
+
+def _attention_of(module: nn.Module, query: Tensor, kwargs: dict) -> Attention:
+    """Scale, window and soft-capping as the model passes them to its kernel."""
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} adds {name} to its attention, which tappa cannot analyse"
+            )
+    scale = kwargs.get("scaling")
+    return Attention(
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
+
+
+def _check_mask(mask: Tensor | None, view: LayerView, first: int, pad: int) -> None:
+    """Compare a few rows of the model's own mask with the one the analysis assumes."""
+    if mask is None or mask.dim() != 4:
+        return
+    steps, past = view.queries.shape[1], view.keys.shape[1]
+    rows = torch.tensor(sorted({0, steps // 2, steps - 1}), device=mask.device)
+    allowed = mask[view.row if len(mask) > 1 else 0, 0, first + rows, pad : pad + past]
+    allowed = allowed if allowed.dtype == torch.bool else allowed == 0
+    columns = torch.arange(past, device=mask.device) + view.key_start
+    if not torch.equal(allowed, view.attention.visible(rows + view.query_start, columns)):
+        raise CaptureError(
+            f"layer {view.layer}: expected a causal or sliding-window mask, the model uses another"
+        )

@@ -1,0 +1,82 @@
+"""Energy and alignment of every RoPE channel of a layer, and the season of its queries and keys."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tappa.rope import RotaryChannels
+from tappa.similarity import autocorrelation
+
+
+@dataclass
+class ChannelSums:
+    """Per-channel sums of one layer and one prompt, fed in chunks of consecutive steps."""
+
+    rotary: RotaryChannels
+    _steps: int = 0
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(
+        self,
+        queries: Float[Tensor, "heads steps dim"],
+        keys: Float[Tensor, "kv_heads steps dim"],
+    ) -> None:
+        """Take in the next steps (vectors before RoPE)."""
+        self._steps += queries.shape[1]
+        for name, x in (("q", queries), ("k", keys)):
+            norms = self.rotary.norms(x).sum(1, dtype=torch.float64)
+            vectors = self.rotary.pairs(x.sum(1, dtype=torch.float64))
+            for key, value in ((f"{name}_norms", norms), (f"{name}_vectors", vectors)):
+                self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Figures that add up over prompts, for every query head: sums over the steps of
+
+        `energy` (heads, channels): `mean|q^m| * mean|k^m|`;
+        `align` (heads, pairs, 2): `conj(mean q^m) * mean k^m`, a complex number whose angle is
+        the mean angle phi from query to key.
+        """
+        group = len(self._sums["q_norms"]) // len(self._sums["k_norms"])
+        norms, vectors = (
+            self._sums[f"k_{name}"].repeat_interleave(group, 0) for name in ("norms", "vectors")
+        )
+        return {
+            "energy": self._sums["q_norms"] * norms / self._steps,
+            "align": torch.view_as_real(self._sums["q_vectors"].conj() * vectors / self._steps),
+        }
+
+
+def dominant_channel(
+    rotary: RotaryChannels,
+    queries: Float[Tensor, "heads steps dim"],
+    keys: Float[Tensor, "kv_heads past dim"],
+) -> Int[Tensor, " heads"]:
+    """The rotated channel with the most energy `mean|q^m| mean|k^m|` (0 where none is rotated)."""
+    pairs = len(rotary.theta)
+    if pairs == 0:
+        return torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    key_norms = rotary.norms(keys).mean(1).repeat_interleave(len(queries) // len(keys), 0)
+    return (rotary.norms(queries).mean(1) * key_norms)[:, :pairs].argmax(1)
+
+
+def best_season(
+    queries: Float[Tensor, "heads steps dim"], keys: Float[Tensor, "kv_heads steps dim"], lags: int
+) -> Int[Tensor, " heads"]:
+    """The lag L >= 2 at which queries and keys repeat themselves best, up to a third of the steps.
+
+    Largest mean of the two autocorrelations of vectors before RoPE; 0 where the prompt is too
+    short to show a season. Source: the L-periodic queries and keys of TAPPA Theorem 5.4.
+    """
+    heads, steps, _ = queries.shape
+    longest = min(steps // 3, lags - 1)
+    if longest < 2:
+        return torch.zeros(heads, dtype=torch.int64, device=queries.device)
+    group = heads // keys.shape[0]
+    curves = [
+        autocorrelation(queries[kv * group : (kv + 1) * group], longest + 1)
+        + autocorrelation(keys[kv : kv + 1], longest + 1)
+        for kv in range(keys.shape[0])
+    ]
+    return torch.cat(curves)[:, 2:].argmax(dim=1) + 2

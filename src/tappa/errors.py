@@ -1,0 +1,29 @@
+"""The errors tappa raises: one line each, saying what was expected and what came."""
+
+
+class TappaError(Exception):
+    """Anything a caller can put right. The command line prints it and exits with code 2."""
+
+
+class ModelError(TappaError):
+    """A model or tokenizer that cannot be loaded, or that tappa cannot analyse."""
+
+
+class TextError(TappaError):
+    """A text that is missing, unreadable, too short, or longer than the model's context."""
+
+
+class OutputError(TappaError):
+    """A file or folder that cannot be written."""
+
+
+class AnalysisFileError(TappaError):
+    """A file that is not an Analysis of the schema this version reads."""
+
+
+class CaptureError(TappaError):
+    """Something in the forward pass that the analysis cannot trust."""
+
+
+class NonFiniteError(CaptureError):
+    """NaN or infinity in the queries, keys or values of a layer."""

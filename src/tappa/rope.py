@@ -1,0 +1,217 @@
+"""Rotary channels: which dimensions turn together, how fast, and how to turn them back."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from tappa.errors import CaptureError
+
+# (cos, sin) -> the vectors of one attention layer, rotated with these tables: (..., tokens, dim)
+RotateWith = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RotaryChannels:
+    """The rotary channels of one attention layer, in the order of the model's own frequency table.
+
+    Channel m is the 2-vector `(x[first[m]], x[second[m]])`; at position p RoPE turns it by
+    `p * theta[m]` radians, from the first dimension towards the second. Dimensions that are not
+    turned (partial rotary, or a layer without RoPE) form one more channel with frequency 0.
+
+    The paper's "channel 124" of a head of 128 dimensions is dimension 124, which is channel 60
+    here. A constant attention factor (yarn) is left in the vectors, so that rotations keep norms
+    and the logit is `scale * q.k` as in the model.
+    """
+
+    first: Int[Tensor, " pairs"]
+    second: Int[Tensor, " pairs"]
+    theta: Float64[Tensor, " pairs"]
+    unrotated: Int[Tensor, " rest"]
+
+    @property
+    def dim(self) -> int:
+        """Head size: two dimensions for each pair, and those that are not rotated."""
+        return 2 * len(self.first) + len(self.unrotated)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels: the rotated pairs, and one for the rest if there is any."""
+        return len(self.first) + (len(self.unrotated) > 0)
+
+    @property
+    def frequencies(self) -> Float64[Tensor, " channels"]:
+        """Angular frequency of every channel in radians per token (0 for the unrotated rest)."""
+        rest = self.theta.new_zeros(self.channels - len(self.theta))
+        return torch.cat([self.theta, rest])
+
+    def chord(self, shift: int | Int[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
+        """`2 |sin(shift * theta / 2)|`: how far a rotation by `shift` tokens moves a unit vector."""
+        shift = torch.as_tensor(shift, device=self.theta.device)
+        return (2 * torch.sin(shift[..., None] * self.frequencies / 2).abs()).float()
+
+    def rotate(
+        self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`R_p x`: turn every channel by `p * theta`; angles are computed in float64."""
+        angles = positions[..., None].double() * self.theta
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        turned = self.pairs(x) * turn
+        out = x.clone()
+        out[..., self.first], out[..., self.second] = turned.real, turned.imag
+        return out
+
+    def unrotate(
+        self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
+        return self.rotate(x, -positions)
+
+    def pairs(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
+        """The rotated channels as complex numbers `x[first] + i x[second]`: (..., pairs)."""
+        return torch.complex(x[..., self.first], x[..., self.second])
+
+    def norms(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch channels"]:
+        """Euclidean norm of every channel; rotations leave it as it is."""
+        norms = torch.hypot(x[..., self.first], x[..., self.second])
+        if len(self.unrotated) == 0:
+            return norms
+        rest = x[..., self.unrotated].norm(dim=-1, keepdim=True)
+        return torch.cat([norms, rest], dim=-1)
+
+    def by_channel(self, squares: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch channels"]:
+        """Add up figures of single dimensions, squares for example, over each channel."""
+        rotated = squares[..., self.first] + squares[..., self.second]
+        if len(self.unrotated) == 0:
+            return rotated
+        return torch.cat([rotated, squares[..., self.unrotated].sum(-1, keepdim=True)], dim=-1)
+
+    def spread(self, figures: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch dim"]:
+        """Give every dimension the figure of its channel."""
+        out = figures.new_empty(*figures.shape[:-1], self.dim)
+        pairs = len(self.first)
+        out[..., self.first], out[..., self.second] = figures[..., :pairs], figures[..., :pairs]
+        if len(self.unrotated):
+            out[..., self.unrotated] = figures[..., pairs:]
+        return out
+
+    def to(self, device: torch.device) -> "RotaryChannels":
+        """The same channels with their tables on another device."""
+        return RotaryChannels(
+            *(t.to(device) for t in (self.first, self.second, self.theta, self.unrotated))
+        )
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """Which pairs a layer turns, and which column of the model's cos/sin tables turns each."""
+
+    first: Int[Tensor, " pairs"]
+    second: Int[Tensor, " pairs"]
+    column: Int[Tensor, " pairs"]
+    unrotated: Int[Tensor, " rest"]
+
+    def channels(self, column_frequency: Float64[Tensor, " columns"]) -> RotaryChannels:
+        """Add the frequency of every column, in radians per token."""
+        theta = column_frequency[self.column]
+        return RotaryChannels(self.first, self.second, theta, self.unrotated)
+
+
+def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> RotaryLayout:
+    """Find a layer's rotary layout by watching what made-up cos and sin tables do to its vectors.
+
+    With `cos = 1, sin = 0` the vectors x come out as they are. With a random cos, dimension i is
+    multiplied by the cos column that serves it. With a random sin (and cos = 0), dimension i shows
+    `-x_j sin` or `+x_j sin`: its partner j and the sense of rotation. So half-split, interleaved,
+    reversed and partial rotary, fused projections and query norms all need no code of their own.
+
+    Raises:
+        CaptureError: the layer is not a rotation of pairs of dimensions by these tables.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = 1 + torch.rand(tokens, columns, generator=generator)
+    one, zero = torch.ones_like(table), torch.zeros_like(table)
+    x, scaled, swapped = (
+        rotate_with(cos, sin).float().cpu().movedim(-2, 0).flatten(1, -2)
+        for cos, sin in ((one, zero), (table, zero), (zero, table))
+    )
+    column, rotated = _match_columns(x, scaled, table)
+    turned = torch.where(rotated, swapped / table[:, None, column], 0.0)
+    partner, sign = _match_partners(x.flatten(0, 1), turned.flatten(0, 1))
+    dims = torch.arange(x.shape[-1])
+    if not torch.equal(partner[partner[rotated]], dims[rotated]):
+        raise CaptureError("this layer's RoPE does not turn pairs of dimensions: not supported")
+    first = dims[rotated & (sign < 0)]
+    order = column[first].argsort(stable=True)
+    first = first[order]
+    return RotaryLayout(first, partner[first], column[first], dims[~rotated])
+
+
+def _match_columns(
+    x: Float[Tensor, "tokens vectors dim"],
+    scaled: Float[Tensor, "tokens vectors dim"],
+    table: Float[Tensor, "tokens columns"],
+) -> tuple[Int[Tensor, " dim"], Bool[Tensor, " dim"]]:
+    """For every dimension: the column c with `scaled = table[:, c] * x`, and whether it has one."""
+    product, square = (scaled * x).sum(1), (x * x).sum(1)
+    norm = (scaled * scaled).sum((0, 1))
+    residual = norm[:, None] - 2 * product.T @ table + square.T @ table.square()
+    untouched = norm - 2 * product.sum(0) + square.sum(0)
+    return residual.argmin(dim=1), residual.amin(dim=1) < untouched
+
+
+def _match_partners(
+    x: Float[Tensor, "vectors dim"], turned: Float[Tensor, "vectors dim"]
+) -> tuple[Int[Tensor, " dim"], Float[Tensor, " dim"]]:
+    """For every dimension i: the j with `turned_i = +-x_j`, and the sign (0 if it has none)."""
+    norm = turned.norm(dim=0)[:, None] * x.norm(dim=0)
+    cosine = (turned.T @ x) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    best, partner = cosine.abs().max(dim=1)
+    if (best[turned.abs().amax(dim=0) > 0] < 0.99).any():
+        raise CaptureError("this layer's RoPE mixes more than two dimensions: not supported")
+    return partner, cosine.gather(1, partner[:, None])[:, 0].sign()
+
+
+def match_frequencies(
+    cos: Float[Tensor, "tokens columns"],
+    sin: Float[Tensor, "tokens columns"],
+    positions: Int[Tensor, " tokens"],
+    inv_freqs: list[Tensor],
+) -> Float64[Tensor, " columns"]:
+    """Angular frequency of every column of a cos/sin table, from the model's `inv_freq` buffers.
+
+    The buffers hold the frequencies exactly, after linear, dynamic, llama3, yarn or longrope
+    scaling; the table says which buffer this layer uses (models with a RoPE for each layer type
+    have several) and is checked against it, at positions 0..tokens-1 of a prompt.
+
+    Raises:
+        CaptureError: no buffer reproduces the table.
+    """
+    rows = torch.linspace(0, len(positions) - 1, min(len(positions), 16)).long()
+    table = torch.complex(cos[rows].double(), sin[rows].double()).cpu()
+    table = table / table.abs().clamp_min(1e-9)
+    at = positions[rows].double().cpu()
+    best, error = torch.empty(0), math.inf
+    for inv_freq in inv_freqs:
+        theta = inv_freq.detach().double().cpu().flatten()
+        for columns in (torch.cat([theta, theta]), theta, theta.repeat_interleave(2)):
+            if len(columns) != table.shape[-1]:
+                continue
+            expected = torch.polar(torch.ones_like(table.real), at[:, None] * columns)
+            worst = float((expected - table).abs().max())
+            if worst < error:
+                best, error = columns, worst
+    if error <= 4 * torch.finfo(cos.dtype).eps + 1e-6 * (1 + float(at.max())):
+        return best
+    raise CaptureError(
+        "the model's rotary tables do not follow from any of its inv_freq buffers "
+        f"({len(inv_freqs)} found): this form of RoPE is not supported"
+    )
+
+
+def period(theta: float) -> float:
+    """Tokens for one turn, `2 pi / theta` (infinite for a frequency of 0)."""
+    return 2 * math.pi / theta if theta > 0 else math.inf

@@ -1,0 +1,163 @@
+"""Self-similarity of queries or keys over time, accumulated in O(dim) memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Space = Literal["pre", "post"]
+Pairs = Literal["all", "adjacent"]
+Extent = Literal["prompt", "window"]
+
+
+class Variant(NamedTuple):
+    """One way to measure self-similarity: before or after RoPE, which pairs, which steps."""
+
+    space: Space = "pre"
+    pairs: Pairs = "all"
+    extent: Extent = "prompt"
+
+    def __str__(self) -> str:
+        return "_".join(self)
+
+
+VARIANTS = tuple(Variant(*v) for v in product(("pre", "post"), ("all", "adjacent"), ("prompt", "window")))
+DEFAULT = Variant()
+PAPER_KV_CACHE = Variant("post", "all", "window")  # with window = 32
+PAPER_PRUNING = Variant("pre", "all", "prompt")
+PRESETS = {"default": DEFAULT, "paper-kv-cache": PAPER_KV_CACHE, "paper-pruning": PAPER_PRUNING}
+
+
+def self_similarity(x: Float[Tensor, "*batch tokens dim"]) -> Float64[Tensor, "*batch"]:
+    """Mean cosine over all pairs of different steps, `S = (|sum_t x_t/|x_t||^2 - T) / (T (T-1))`.
+
+    O(T d) time; no T x T matrix. S is 1 when all vectors point the same way, about 0 when they
+    are independent, and never below `-1 / (T - 1)`. NaN for fewer than two steps. A zero vector
+    counts as orthogonal to everything, itself included.
+
+    Source: TAPPA (arXiv 2601.21709), q-similarity.
+
+    >>> self_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))  # cosines 0, 1, 0
+    tensor(0.3333, dtype=torch.float64)
+    """
+    total, squares = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+    for chunk in x.split(1024, dim=-2):  # so that the normalised copy stays small
+        unit = normalize(chunk, dim=-1)
+        total = total + unit.sum(-2, dtype=torch.float64)
+        squares = squares + unit.square().sum((-1, -2), dtype=torch.float64)
+    cosines, pairs = _all_pairs(total, squares, x.shape[-2])
+    return cosines / pairs if pairs else torch.full_like(cosines, torch.nan)
+
+
+def _all_pairs(total: Tensor, squares: Tensor, steps: int) -> tuple[Tensor, int]:
+    """(sum of cosines, number) of ordered pairs of different steps, from the sum of unit vectors."""
+    return total.square().sum(-1) - squares, steps * (steps - 1)
+
+
+def _adjacent(unit: Tensor) -> tuple[Tensor, int]:
+    """(sum of cosines, number) of pairs of neighbouring steps."""
+    cosines = torch.linalg.vecdot(unit[..., 1:, :], unit[..., :-1, :])
+    return cosines.sum(-1, dtype=torch.float64), max(unit.shape[-2] - 1, 0)
+
+
+@dataclass
+class _Stream:
+    """Unit vectors of one space, seen so far in one prompt."""
+
+    total: Tensor | None = None
+    squares: Tensor | None = None
+    steps: int = 0
+    adjacent: Tensor | float = 0.0
+    tail: Tensor | None = None  # the last `window` unit vectors
+
+    def add(self, unit: Tensor, window: int) -> None:
+        joined = unit if self.tail is None else torch.cat([self.tail, unit], dim=-2)
+        new = joined[..., -unit.shape[-2] - 1 :, :]  # with the step before, if there is one
+        self.adjacent = self.adjacent + _adjacent(new)[0]
+        total = unit.sum(-2, dtype=torch.float64)
+        squares = unit.square().sum((-1, -2), dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.steps += unit.shape[-2]
+        self.tail = joined[..., -max(window, 1) :, :].clone()
+
+    def sums(self, window: int) -> Iterator[tuple[Pairs, Extent, Tensor, int]]:
+        if self.total is None or self.squares is None or self.tail is None:
+            return
+        yield "all", "prompt", *_all_pairs(self.total, self.squares, self.steps)
+        yield "adjacent", "prompt", torch.as_tensor(self.adjacent), max(self.steps - 1, 0)
+        last = self.tail[..., -window:, :]
+        squares = last.square().sum((-1, -2), dtype=torch.float64)
+        yield "all", "window", *_all_pairs(last.sum(-2, dtype=torch.float64), squares, last.shape[-2])
+        yield "adjacent", "window", *_adjacent(last)
+
+
+@dataclass
+class SelfSimilarity:
+    """Every variant of self-similarity of one prompt, fed in chunks of consecutive steps.
+
+    `add` takes the vectors of one chunk before and after RoPE (heads, tokens, dim); `sums` gives,
+    for each variant, the sum of cosines of every head and the number of pairs: figures that add up
+    over prompts, so that means over any set of prompts come out exactly.
+    """
+
+    window: int = 32
+    _streams: dict[Space, _Stream] = field(
+        default_factory=lambda: {"pre": _Stream(), "post": _Stream()}
+    )
+
+    def add(self, pre: Float[Tensor, "heads tokens dim"], post: Float[Tensor, "heads tokens dim"]) -> None:
+        """Accumulate the next steps of the prompt."""
+        self._streams["pre"].add(normalize(pre, dim=-1), self.window)
+        self._streams["post"].add(normalize(post, dim=-1), self.window)
+
+    def sums(self) -> dict[Variant, tuple[Tensor, int]]:
+        """For each variant (sum of cosines per head, number of pairs) of the steps so far."""
+        return {
+            Variant(space, pairs, extent): (cosines, count)
+            for space, stream in self._streams.items()
+            for pairs, extent, cosines, count in stream.sums(self.window)
+        }
+
+
+def autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Tensor, "heads lags"]:
+    """Mean cosine of steps L apart, `C(L) = mean_t x_t . x_(t+L) / (|x_t| |x_(t+L)|)`, L < lags.
+
+    By FFT along the tokens: O(T log T d) time. NaN where no two steps are L apart.
+    Source: the L-periodicity of queries and keys in Theorem 5.4.
+    """
+    unit = normalize(x, dim=-1)
+    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x)
+    return lag_sums(unit, unit, lags) / counts
+
+
+def lag_sums(
+    later: Float[Tensor, "heads steps dim"],
+    earlier: Float[Tensor, "heads past dim"],
+    lags: int,
+    start: int = 0,
+) -> Float[Tensor, "heads lags"]:
+    """Sum over t of `later_t . earlier_(start + t - lag)` for every lag below `lags`, by FFT.
+
+    `start` is the index in `earlier` of the step that `later_0` stands for.
+    """
+    steps, past = later.shape[-2], earlier.shape[-2]
+    size = 1 << (steps + past - 1).bit_length()  # no wrap-around, and a length that is fast
+    a = torch.fft.rfft(later.transpose(-1, -2), n=size)
+    b = torch.fft.rfft(earlier.transpose(-1, -2), n=size)
+    cross = torch.fft.irfft((a * b.conj()).sum(-2), n=size)  # [j] = sum_s later_(s+j) . earlier_s
+    lag = torch.arange(lags, device=later.device)
+    return cross[..., (lag - start) % size] * (lag < start + steps)
+
+
+def lag_counts(steps: int, past: int, lags: int, start: int = 0) -> Int64[Tensor, " lags"]:
+    """How many terms each sum of `lag_sums` has: steps t with `0 <= start + t - lag < past`."""
+    lag = torch.arange(lags)
+    first = (lag - start).clamp_min(0)
+    last = (past - 1 - start + lag).clamp_max(steps - 1)
+    return (last - first + 1).clamp_min(0)

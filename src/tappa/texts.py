@@ -1,0 +1,83 @@
+"""Texts: reading them, the one shipped with the package, and the tokens a model sees."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tappa.errors import TextError
+
+MIN_TOKENS = 8
+DEFAULT_TOKENS = 2048
+
+# Tokens past the wanted ones that must follow before a prefix of a text is trusted: cutting a text
+# can change how its last word is tokenized, never that of words this far from the cut.
+_MARGIN = 64
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a UTF-8 text file. Raises TextError when it is missing, empty or not UTF-8."""
+    path = Path(path)
+    if path.is_dir():
+        raise TextError(f"expected a text file, got a folder: {path}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"expected UTF-8 text, got byte 0x{error.object[error.start]:02x}"
+        raise TextError(f"{message} at offset {error.start} of {path}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TextError(f"cannot read the text file {path}: {reason}") from error
+    if not text.strip():
+        raise TextError(f"expected text, got an empty file: {path}")
+    return text
+
+
+def packaged_text() -> str:
+    """The first volume of Jane Austen's *Pride and Prejudice* (see data/SOURCE.md)."""
+    source = resources.files("tappa") / "data" / "pride_and_prejudice.txt"
+    return source.read_text(encoding="utf-8")
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    tokens: int | None = None,
+    context: int | None = None,
+) -> list[list[int]]:
+    """The first `tokens` tokens of each text, with the special tokens the tokenizer adds.
+
+    `tokens` is 2048 by default, or the model's `context` where that is smaller; a shorter text is
+    used whole. Raises TextError for fewer than 8 tokens, wanted or found, and for more than the
+    context.
+    """
+    limit = _limit(tokens, context)
+    if not texts:
+        raise TextError("expected at least one text, got none")
+    encoded = [_first_tokens(tokenizer, text, limit) for text in texts]
+    for number, ids in enumerate(encoded, start=1):
+        if len(ids) < MIN_TOKENS:
+            which = f"text {number} of {len(encoded)}" if len(encoded) > 1 else "the text"
+            raise TextError(f"expected at least {MIN_TOKENS} tokens, {which} has {len(ids)}")
+    return encoded
+
+
+def _limit(tokens: int | None, context: int | None) -> int:
+    if tokens is None:
+        return min(DEFAULT_TOKENS, context or DEFAULT_TOKENS)
+    if tokens < MIN_TOKENS:
+        raise TextError(f"expected at least {MIN_TOKENS} tokens, got tokens={tokens}")
+    if context is not None and tokens > context:
+        raise TextError(f"{tokens} tokens are more than the model's context of {context} tokens")
+    return tokens
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> list[int]:
+    """The first `limit` tokens of the text, from the shortest prefix that surely holds them."""
+    characters = 8 * (limit + _MARGIN)
+    while True:
+        ids = tokenizer(text[:characters], verbose=False).input_ids
+        if characters >= len(text) or len(ids) >= limit + _MARGIN:
+            return list(ids[:limit])
+        characters *= 2

@@ -1,0 +1,224 @@
+"""The shift bound of TAPPA and its special cases, checked against the logits of a layer.
+
+A `Layer` holds post-RoPE queries and keys of one prompt and the same vectors before RoPE,
+`q_t = R_t^-1 q~_t`. Bounds are checked on sampled pairs (t, i): H heads, R rows, I keys for each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int, Int64
+from torch import Tensor
+
+from tappa.rope import RotaryChannels
+
+# Rounding allowed in a logit, as a share of |q||k|: about 100 float32 roundings.
+TOLERANCE = 1e-5
+# Tightness (bound / actual) is counted in bins of a quarter of a doubling; the last one is open.
+BINS_PER_DOUBLING, BINS = 4, 48
+BOUNDS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "jump", "residual")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Queries and keys of one layer; row r is position `query_start + r`, key i `key_start + i`."""
+
+    queries: Float[Tensor, "heads steps dim"]  # post-RoPE
+    queries_before: Float[Tensor, "heads steps dim"]
+    keys: Float[Tensor, "kv_heads past dim"]  # post-RoPE
+    keys_before: Float[Tensor, "kv_heads past dim"]
+    rotary: RotaryChannels
+    scale: float
+    query_start: int = 0
+    key_start: int = 0
+
+    def sample_keys(
+        self, rows: Int[Tensor, "heads rows"], count: int, v: Int[Tensor, " heads"]
+    ) -> Int[Tensor, "heads rows keys"]:
+        """Up to `count` keys for each row, evenly spread over those not later than its query.
+
+        Shifted by v they still exist. Where a row has fewer keys, some are taken twice.
+        """
+        last = rows + self.query_start - self.key_start
+        last = torch.minimum(last, self.keys.shape[1] - 1 - v[:, None]).clamp_min(0)
+        share = torch.linspace(0, 1, count, device=rows.device)
+        return (last[..., None] * share).round().long()
+
+
+@dataclass(frozen=True)
+class Points:
+    """Vectors of sampled queries and keys, with the logits between them."""
+
+    query: Float[Tensor, "heads rows dim"]
+    query_before: Float[Tensor, "heads rows dim"]
+    key: Float[Tensor, "heads rows keys dim"]
+    key_before: Float[Tensor, "heads rows keys dim"]
+    scale: float
+
+    @classmethod
+    def of(
+        cls, layer: Layer, rows: Int[Tensor, "heads rows"], keys: Int[Tensor, "heads rows keys"]
+    ) -> "Points":
+        """Take the vectors of these queries and keys out of a layer."""
+        head = torch.arange(len(rows), device=rows.device)
+        kv = (head // (len(rows) // len(layer.keys)))[:, None, None]
+        query = layer.queries[head[:, None], rows], layer.queries_before[head[:, None], rows]
+        return cls(*query, layer.keys[kv, keys], layer.keys_before[kv, keys], layer.scale)
+
+    def logits(self) -> Float[Tensor, "heads rows keys"]:
+        return self.scale * dot(self.query, self.key)
+
+    def slack(self) -> Float[Tensor, "heads rows keys"]:
+        """Rounding allowed for each logit."""
+        return TOLERANCE * self.scale * self.query.norm(dim=-1, keepdim=True) * self.key.norm(dim=-1)
+
+
+def dot(
+    rows: Float[Tensor, "heads rows dim"], keys: Float[Tensor, "heads rows keys dim"]
+) -> Float[Tensor, "heads rows keys"]:
+    """Inner product of every row with each of its keys."""
+    return torch.matmul(keys, rows[..., None])[..., 0]
+
+
+@dataclass
+class BoundCheck:
+    """How a bound fared on each head: pairs checked, violations, histogram of its tightness.
+
+    Tightness is `bound / actual` for an upper bound and `actual / bound` for a lower one, so it is
+    at least 1 and 1 is perfect. It is not defined where nothing changes, or where a lower bound is
+    negative and says nothing: such pairs are checked but not in the histogram.
+    """
+
+    checked: Int64[Tensor, " heads"]
+    violations: Int64[Tensor, " heads"]
+    tightness: Int64[Tensor, "heads bins"]
+
+    @classmethod
+    def none(cls, heads: int) -> "BoundCheck":
+        """Nothing checked."""
+        counts = torch.zeros(heads, dtype=torch.int64)
+        return cls(counts, counts, torch.zeros(heads, BINS, dtype=torch.int64))
+
+    @classmethod
+    def of(
+        cls,
+        lower: Float[Tensor, "heads rows keys"],
+        upper: Float[Tensor, "heads rows keys"],
+        slack: Float[Tensor, "heads rows keys"],
+    ) -> "BoundCheck":
+        """Check `lower <= upper + slack` for every pair (NaN is a violation)."""
+        heads = len(lower)
+        ratio = (upper / lower.clamp_min(1e-30)).clamp_min(1e-30).log2()
+        bins = (ratio * BINS_PER_DOUBLING).long().clamp(0, BINS - 1)
+        says = lower > slack
+        bins = bins + BINS * torch.arange(heads, device=bins.device)[:, None, None]
+        counts = torch.bincount(bins[says], minlength=heads * BINS)
+        violated = ~(lower <= upper + slack)
+        return cls(
+            checked=torch.full((heads,), lower[0].numel()),
+            violations=violated.sum((1, 2)).cpu(),
+            tightness=counts.view(heads, BINS).cpu(),
+        )
+
+
+def median_tightness(histogram: Float64[Tensor, " bins"]) -> float:
+    """Median of bound / actual from its histogram, to within a bin (19%); NaN if it is empty."""
+    total = float(histogram.sum())
+    if total == 0:
+        return float("nan")
+    cumulative = histogram.cumsum(0)
+    index = int((cumulative < total / 2).sum())
+    before = float(cumulative[index - 1]) if index else 0.0
+    within = (total / 2 - before) / float(histogram[index])
+    return float(2.0 ** ((index + within) / BINS_PER_DOUBLING))
+
+
+def shift_bound(
+    rotary: RotaryChannels, now: Points, then: Points, shift: Int[Tensor, " heads"]
+) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"]]:
+    """(actual change, bound) of logits from (t, i) to (t + u, i + v), with `shift = v - u`.
+
+    `|a[t+u, i+v] - a[t, i]| <= scale * sum_m ( |q_(t+u) - q_t| |k_(i+v)| + |q_t| |k_(i+v) - k_i|
+    + chord((v-u) theta_m) |q_t| |k_i| )`, norms taken in channel m. Holds for every t and i.
+
+    Source: TAPPA Theorems 5.1 (1, 0), 5.2 (1, 1), 5.3 (0, T), 5.4 ((L, 0), (0, L), (L, L)).
+    """
+    query, key = rotary.norms(now.query_before), rotary.norms(now.key_before)
+    query_change = rotary.norms(then.query_before - now.query_before)
+    key_change = rotary.norms(then.key_before - now.key_before)
+    bound = dot(query_change, rotary.norms(then.key_before)) + dot(query, key_change)
+    bound = bound + dot(query * rotary.chord(shift)[:, None], key)
+    return (then.logits() - now.logits()).abs(), now.scale * bound
+
+
+def jump_bound(
+    rotary: RotaryChannels, now: Points, then: Points, positions: Int[Tensor, "heads rows"]
+) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"]]:
+    """(actual change, lower bound) of logits from (t, i) to (t + 1, i): low q-similarity jumps.
+
+    `|a[t+1, i] - a[t, i]| >= scale * ( |<R_(t+1)(q_(t+1) - q_t), k~_i>|
+    - sum_m chord(theta_m) |q_t| |k_i| )`. Source: TAPPA Proposition 4.1.
+    """
+    step = then.query_before - now.query_before
+    turned = rotary.rotate(step, positions + 1)
+    turning = dot(rotary.norms(now.query_before) * rotary.chord(1), rotary.norms(now.key_before))
+    bound = now.scale * (dot(turned, now.key).abs() - turning)
+    return (then.logits() - now.logits()).abs(), bound
+
+
+def residual_bound(
+    rotary: RotaryChannels, points: Points, channel: Int[Tensor, " heads"]
+) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"]]:
+    """(actual, bound) of what the dominant channel m* of each head leaves unexplained of a logit.
+
+    `|a[t, i] - scale |q^m*||k^m*| cos(phi + (i-t) theta_m*)| <= scale * sum_(m != m*) |q^m||k^m|`.
+    Source: TAPPA Theorem 5.3 (periodic diagonals of spacing `2 pi / theta_m*`).
+    """
+    head = torch.arange(len(channel), device=channel.device)
+    query, key = rotary.pairs(points.query), rotary.pairs(points.key)
+    dominant = query[head, :, channel][..., None].conj() * key[head, :, :, channel]
+    others = torch.ones(len(channel), 1, rotary.channels, device=channel.device)
+    others[head, 0, channel] = 0
+    bound = dot(rotary.norms(points.query) * others, rotary.norms(points.key))
+    return (points.logits() - points.scale * dominant.real).abs(), points.scale * bound
+
+
+def check_bounds(
+    layer: Layer, season: Int[Tensor, " heads"], channel: Int[Tensor, " heads"], rows: int, keys: int
+) -> Iterator[tuple[str, BoundCheck]]:
+    """Check every bound on `rows` queries of every head and `keys` keys of each.
+
+    `season` is the lag L of Theorem 5.4 for each head (0: none fits the prompt), `channel` the
+    dominant channel of Theorem 5.3. Bounds that cannot be tried are left out.
+    """
+    heads, steps, _ = layer.queries.shape
+    one = torch.ones_like(season)
+    shifts = {
+        "vertical": (one, 0 * one),
+        "sequential": (one, one),
+        "seasonal": (season, season),
+        "seasonal_rows": (season, 0 * one),
+        "seasonal_columns": (0 * one, season),
+    }
+    for name, (u, v) in shifts.items():
+        if steps <= int(u.max()) or (name.startswith("seasonal") and int(season.min()) == 0):
+            continue
+        at = spread_rows(steps - u, rows)
+        key_at = layer.sample_keys(at, keys, v)
+        now = Points.of(layer, at, key_at)
+        then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])
+        slack = now.slack() + then.slack()
+        yield name, BoundCheck.of(*shift_bound(layer.rotary, now, then, v - u), slack)
+        if name == "vertical":
+            actual, bound = jump_bound(layer.rotary, now, then, at + layer.query_start)
+            yield "jump", BoundCheck.of(bound, actual, slack)
+            if len(layer.rotary.theta):
+                actual, bound = residual_bound(layer.rotary, now, channel)
+                yield "residual", BoundCheck.of(actual, bound, slack)
+
+
+def spread_rows(steps: Int[Tensor, " heads"], count: int) -> Int[Tensor, "heads rows"]:
+    """For every head, up to `count` rows below its `steps`, evenly spread."""
+    count = min(count, int(steps.min()))
+    return ((steps[:, None] - 1) * torch.linspace(0, 1, count, device=steps.device)).round().long()

@@ -1,0 +1,78 @@
+"""Data flows one way: a module imports only modules that stand above it in ORDER."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "tappa"
+ORDER = [
+    "errors",
+    "files",
+    "texts",
+    "checkpoint",
+    "models",
+    "rope",
+    "similarity",
+    "attention_profile",
+    "theory",
+    "capture",
+    "channels",
+    "query_model",
+    "layer_statistics",
+    "figures",
+    "patterns",
+    "analysis",
+    "experiments",
+    "compression",
+    "pruning",
+    "evaluation",
+    "report",
+    "kernels",
+    "integrations",
+    "display",
+    "cli",
+]
+MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def top_module(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> set[str]:
+    """The modules of tappa, by their top name, that a source imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("tappa.")}
+
+
+def against_the_order(module: str, source: str) -> set[str]:
+    """What a module imports although it stands below it, or nowhere, in ORDER."""
+    position = ORDER.index(module)
+    return imported(source) - set(ORDER[: position + 1])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_imports_only_from_above(path):
+    assert top_module(path) in ORDER, "give the new module its place in ORDER"
+    assert against_the_order(top_module(path), path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import tappa.capture",
+        "from tappa.capture import LayerView",
+        "from tappa import capture",
+        "def late():\n    from tappa.capture import LayerView",
+    ],
+)
+def test_the_check_sees_an_import_from_below(source):
+    assert against_the_order("rope", source) == {"capture"}
+    assert against_the_order("analysis", source) == set()
