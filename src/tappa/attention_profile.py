@@ -5,7 +5,6 @@ Both take post-RoPE queries and keys of one layer and one prompt without padding
 over rows (queries), so that profiles of chunks and of prompts add up.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch

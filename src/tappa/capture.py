@@ -57,12 +57,14 @@ def prefill(
     consume: Consumer,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
     chunk: int | None = None,
+    logits_to_keep: int = 0,
 ) -> Tensor:
     """Run the model over prompts and call `consume` once for every layer, chunk and prompt.
 
     Padding (left or right, by `attention_mask`) is cut off before `consume` sees a layer. With
     `chunk`, the prompt goes in pieces of that many tokens with a KV cache, so that activations
-    need memory for one piece only; then there can be no padding. Returns the last logits.
+    need memory for one piece only; then there can be no padding. Returns the logits of the last
+    piece, of the last `logits_to_keep` tokens if the model can leave out the others (0: all).
 
     Raises:
         CaptureError: the model's attention is not what the analysis understands.
@@ -74,6 +76,7 @@ def prefill(
     if chunk is not None and attention_mask is not None:
         raise CaptureError("expected prompts without padding for a chunked prefill")
     with torch.inference_mode(), _capturing(model, consume) as session:
+        session.logits_to_keep = logits_to_keep
         if chunk is None or chunk >= input_ids.shape[1]:
             return session.forward(input_ids, attention_mask, None).logits
         cache = DynamicCache(config=model.config)
@@ -98,20 +101,23 @@ class _Session:
     frequencies: dict[nn.Module, Tensor] = field(default_factory=dict)
     probed: list[Tensor] | None = None
     layers_seen: int = 0
+    logits_to_keep: int = 0
 
-    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None):  # noqa: ANN201
+    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None):
         """One forward pass, with explicit positions that do not count padding."""
         batch, tokens = ids.shape
         valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         self.spans = [_span(row) for row in valid.bool()]
         self.positions = (valid.cumsum(1) - 1).clamp_min(0) + self.start
         self.layers_seen = 0
+        keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=self.positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
         )
         if self.layers_seen == 0:
             raise ModelError(
@@ -159,7 +165,7 @@ class _Session:
         finally:
             self.probed = None
 
-    def attend(  # noqa: PLR0917
+    def attend(
         self,
         module: nn.Module,
         query: Tensor,

@@ -78,7 +78,9 @@ def _attention_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
     rows, pairs = float(sums["rows"]), max(float(sums["pairs"]), 1.0)
     sampled = float(sums["seasonal_rows"][h])
     season = int(sums["season_votes"][h].argmax())
-    seasonal, seasonal_rows, seasonal_columns = sums["observed"][h] / sampled if sampled else (0.0,) * 3
+    seasonal, seasonal_rows, seasonal_columns = (
+        sums["observed"][h] / sampled if sampled else (0.0,) * 3
+    )
     measured, strength = lag_period(*lag_profile(sums, h, "lag_logits"))
     figures = {
         "sink_mass": float(sums["sink_mass"][h]) / max(float(sums["sink_rows"]), 1.0),
@@ -135,7 +137,10 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
 def _expected(statistics: LayerStatistics, h: int) -> Figures:
     """Persistence that the query model expects (see query_model), and periodicity."""
     sums = statistics.sums
-    rows, seasonal = max(float(sums["sampled_rows"]), 1.0), max(float(sums["seasonal_rows"][h]), 1.0)
+    rows, seasonal = (
+        max(float(sums["sampled_rows"]), 1.0),
+        max(float(sums["seasonal_rows"][h]), 1.0),
+    )
     vertical, diagonal, both, step, sink = (float(x) for x in sums["expected"][h])
     has_season = sums["seasonal_rows"][h] > 0
     return {

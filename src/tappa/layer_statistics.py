@@ -9,7 +9,7 @@ from torch import Tensor
 from tappa.attention_profile import AttentionProfile, attention_profile
 from tappa.capture import LayerView
 from tappa.channels import ChannelSums, best_season, dominant_channel
-from tappa.errors import NonFiniteError
+from tappa.errors import CaptureError, NonFiniteError
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
 from tappa.theory import BOUNDS, BoundCheck, Layer, check_bounds, spread_rows
@@ -37,6 +37,11 @@ class LayerStatistics:
     sums: dict[str, np.ndarray]
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
+        if self.theta != other.theta:
+            raise CaptureError(
+                f"layer {self.layer}: RoPE frequencies differ between prompts (dynamic scaling): "
+                "analyse them one by one"
+            )
         sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
         return LayerStatistics(self.layer, self.theta, self.scale, sums)
 

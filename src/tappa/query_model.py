@@ -88,13 +88,15 @@ def expected_persistence(
     now = attend(0 * season, None)
     step, later = attend(torch.ones_like(season), noise[1]), attend(season, noise[2])
     per_head = [
-        torch.stack([
-            persistence(now[h], step[h], 0),
-            persistence(now[h], step[h], 1),
-            persistence(now[h], later[h], lag),
-            persistence(now[h], later[h], 0),
-            now[h, :, : max(SINK_TOKENS - view.key_start, 0)].sum(),
-        ])
+        torch.stack(
+            [
+                persistence(now[h], step[h], 0),
+                persistence(now[h], step[h], 1),
+                persistence(now[h], later[h], lag),
+                persistence(now[h], later[h], 0),
+                now[h, :, : max(SINK_TOKENS - view.key_start, 0)].sum(),
+            ]
+        )
         for h, lag in enumerate(season.tolist())
     ]
     return torch.stack(per_head)
@@ -113,11 +115,13 @@ def observed_seasons(
 
     now, later = attend(rows), attend(rows + season[:, None])
     per_head = [
-        torch.stack([
-            persistence(now[h], later[h], lag),
-            persistence(now[h], later[h], 0),
-            persistence(now[h], now[h], lag),
-        ])
+        torch.stack(
+            [
+                persistence(now[h], later[h], lag),
+                persistence(now[h], later[h], 0),
+                persistence(now[h], now[h], lag),
+            ]
+        )
         for h, lag in enumerate(season.tolist())
     ]
     return torch.stack(per_head)

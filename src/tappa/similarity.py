@@ -26,7 +26,9 @@ class Variant(NamedTuple):
         return "_".join(self)
 
 
-VARIANTS = tuple(Variant(*v) for v in product(("pre", "post"), ("all", "adjacent"), ("prompt", "window")))
+VARIANTS = tuple(
+    Variant(*v) for v in product(("pre", "post"), ("all", "adjacent"), ("prompt", "window"))
+)
 DEFAULT = Variant()
 PAPER_KV_CACHE = Variant("post", "all", "window")  # with window = 32
 PAPER_PRUNING = Variant("pre", "all", "prompt")
@@ -93,7 +95,11 @@ class _Stream:
         yield "adjacent", "prompt", torch.as_tensor(self.adjacent), max(self.steps - 1, 0)
         last = self.tail[..., -window:, :]
         squares = last.square().sum((-1, -2), dtype=torch.float64)
-        yield "all", "window", *_all_pairs(last.sum(-2, dtype=torch.float64), squares, last.shape[-2])
+        yield (
+            "all",
+            "window",
+            *_all_pairs(last.sum(-2, dtype=torch.float64), squares, last.shape[-2]),
+        )
         yield "adjacent", "window", *_adjacent(last)
 
 
@@ -111,7 +117,9 @@ class SelfSimilarity:
         default_factory=lambda: {"pre": _Stream(), "post": _Stream()}
     )
 
-    def add(self, pre: Float[Tensor, "heads tokens dim"], post: Float[Tensor, "heads tokens dim"]) -> None:
+    def add(
+        self, pre: Float[Tensor, "heads tokens dim"], post: Float[Tensor, "heads tokens dim"]
+    ) -> None:
         """Accumulate the next steps of the prompt."""
         self._streams["pre"].add(normalize(pre, dim=-1), self.window)
         self._streams["post"].add(normalize(post, dim=-1), self.window)

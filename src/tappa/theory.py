@@ -17,7 +17,15 @@ from tappa.rope import RotaryChannels
 TOLERANCE = 1e-5
 # Tightness (bound / actual) is counted in bins of a quarter of a doubling; the last one is open.
 BINS_PER_DOUBLING, BINS = 4, 48
-BOUNDS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "jump", "residual")
+BOUNDS = (
+    "vertical",
+    "sequential",
+    "seasonal",
+    "seasonal_rows",
+    "seasonal_columns",
+    "jump",
+    "residual",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ class Points:
 
     def slack(self) -> Float[Tensor, "heads rows keys"]:
         """Rounding allowed for each logit."""
-        return TOLERANCE * self.scale * self.query.norm(dim=-1, keepdim=True) * self.key.norm(dim=-1)
+        return (
+            TOLERANCE * self.scale * self.query.norm(dim=-1, keepdim=True) * self.key.norm(dim=-1)
+        )
 
 
 def dot(
@@ -185,7 +195,11 @@ def residual_bound(
 
 
 def check_bounds(
-    layer: Layer, season: Int[Tensor, " heads"], channel: Int[Tensor, " heads"], rows: int, keys: int
+    layer: Layer,
+    season: Int[Tensor, " heads"],
+    channel: Int[Tensor, " heads"],
+    rows: int,
+    keys: int,
 ) -> Iterator[tuple[str, BoundCheck]]:
     """Check every bound on `rows` queries of every head and `keys` keys of each.
 

@@ -1,0 +1,9 @@
+"""tappa: why attention heads do what they do, and what that is good for."""
+
+from tappa.analysis import Analysis, analyze
+from tappa.errors import TappaError
+from tappa.layer_statistics import Settings
+from tappa.models import load
+
+__version__ = "0.1.0"
+__all__ = ["Analysis", "Settings", "TappaError", "analyze", "load"]

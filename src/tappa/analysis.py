@@ -1,0 +1,175 @@
+"""analyze(): a model and texts in, an Analysis of every head out."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tappa.capture import LayerView, prefill
+from tappa.errors import AnalysisFileError
+from tappa.figures import head_figures
+from tappa.files import write_atomic
+from tappa.layer_statistics import LayerStatistics, PromptLayer, Settings
+from tappa.models import context_length
+from tappa.patterns import agreement, name_patterns
+from tappa.texts import encode_texts
+
+SCHEMA = "tappa.analysis/1"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of every head of a model on some texts (format: docs/analysis-file.md).
+
+    All figures follow from `layers`, sums that add up: `a.merge(b)` is the analysis of both texts.
+    """
+
+    model: dict[str, Any]
+    prompts: list[int]  # tokens of each prompt
+    layers: list[LayerStatistics]
+    settings: Settings = field(default_factory=Settings)
+
+    @cached_property
+    def heads(self) -> list[dict[str, Any]]:
+        """The figures of every head, labels included, by layer and head."""
+        figures = [f for layer in self.layers for f in head_figures(layer)]
+        return [f | name_patterns(f) for f in figures]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for every head; the scores of the labels are columns of their own."""
+        return pd.json_normalize(self.heads, sep="_")
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the sums, ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "settings": asdict(self.settings),
+            "prompts": self.prompts,
+            "tokens": sum(self.prompts),
+            "bounds_checked": sum(h["bounds_checked"] for h in self.heads),
+            "bound_violations": sum(h["bound_violations"] for h in self.heads),
+            "agreement": agreement(pd.DataFrame(self.heads)),
+            "heads": self.heads,
+        }
+
+    def merge(self, other: "Analysis") -> "Analysis":
+        """The analysis of both sets of texts, as if made in one go.
+
+        Raises:
+            AnalysisFileError: of different models or with different settings.
+        """
+        for name in ("model", "settings"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise AnalysisFileError(f"cannot merge: {name} differs, {mine} and {theirs}")
+        layers = [a + b for a, b in zip(self.layers, other.layers, strict=True)]
+        return replace(self, prompts=self.prompts + other.prompts, layers=layers)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file, atomically. Raises OutputError where that is not possible."""
+        statistics = [
+            asdict(layer) | {"sums": {name: x.tolist() for name, x in layer.sums.items()}}
+            for layer in self.layers
+        ]
+        content = self.summary() | {"statistics": statistics}
+        return write_atomic(path, json.dumps(content, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Analysis":
+        """Read a file written by `save`.
+
+        Raises:
+            AnalysisFileError: missing, not JSON, another schema, or incomplete.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise AnalysisFileError(f"cannot read the Analysis {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise AnalysisFileError(f"expected an Analysis in JSON, {path}: {error}") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise AnalysisFileError(f"expected schema {SCHEMA!r}, {path} has {schema!r}")
+        try:
+            layers = [_read_layer(layer) for layer in content["statistics"]]
+            settings = Settings(**content["settings"])
+            analysis = cls(content["model"], content["prompts"], layers, settings)
+            _ = analysis.heads
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            kind = type(error).__name__
+            raise AnalysisFileError(f"incomplete Analysis {path}: {kind} {error}") from error
+        return analysis
+
+
+def _read_layer(content: dict[str, Any]) -> LayerStatistics:
+    sums = {name: np.array(values) for name, values in content["sums"].items()}
+    return LayerStatistics(content["layer"], content["theta"], content["scale"], sums)
+
+
+def analyze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str],
+    *,
+    tokens: int | None = None,
+    settings: Settings | None = None,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Analyse every attention head of a RoPE language model on some texts.
+
+    Each text is one prompt of its first `tokens` tokens (default 2048, or the model's context).
+    With `chunk`, prompts are prefilled in pieces of that many tokens, for prompts whose
+    activations do not fit in memory. `progress(done, total)` is called after every layer.
+
+        analysis = tappa.analyze(model, tokenizer, [text])
+        analysis.to_frame().sort_values("q_similarity")
+
+    Raises:
+        TextError, ModelError, CaptureError, NonFiniteError: one line that says what is wrong.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    settings = settings or Settings()
+    prompts = encode_texts(tokenizer, texts, tokens, context_length(model))
+    pieces = [-(-len(ids) // chunk) if chunk else 1 for ids in prompts]
+    steps = int(model.config.get_text_config().num_hidden_layers)
+    total, done = steps * sum(pieces), 0
+    merged: Analysis | None = None
+    for ids in prompts:
+        layers: dict[int, PromptLayer] = {}
+
+        def consume(view: LayerView, layers: dict[int, PromptLayer] = layers) -> None:
+            nonlocal done
+            layers.setdefault(view.layer, PromptLayer(settings)).add(view)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        prefill(model, torch.tensor([ids]), consume, chunk=chunk, logits_to_keep=1)
+        statistics = [layers[index].statistics() for index in sorted(layers)]
+        prompt = Analysis(describe(model), [len(ids)], statistics, settings)
+        merged = prompt if merged is None else merged.merge(prompt)
+    assert merged is not None  # encode_texts refuses to return nothing
+    return merged
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model in an Analysis."""
+    config = model.config.get_text_config()
+    return {
+        "name": str(model.config._name_or_path) or type(model).__name__,
+        "class": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

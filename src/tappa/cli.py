@@ -1,0 +1,110 @@
+"""The command line: parse, call, print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import tappa
+from tappa.display import show
+from tappa.errors import TappaError
+from tappa.files import ensure_writable_folder, write_atomic
+from tappa.texts import packaged_text, read_text
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tappa {tappa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Why attention heads do what they do, by how self-similar their queries are over time."""
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text file, one prompt; may be repeated. Default: packaged prose."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each text. Default: 2048, or the model's context if less."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for analysis.json and heads.csv.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")
+    ] = "auto",
+    chunk: Annotated[
+        int | None, typer.Option(min=8, help="Prefill in pieces of this many tokens.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Analyse every attention head of a RoPE language model.
+
+    Examples:
+
+      tappa analyze
+      tappa analyze model.gguf --text notes.txt --tokens 4096 --out results
+      tappa analyze ./my-model --json | jq '.agreement'
+    """
+    texts = [read_text(path) for path in text] if text else [packaged_text()]
+    if out is not None:
+        ensure_writable_folder(out)
+    errors = Console(stderr=True)
+    with errors.status("loading the model"):
+        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _progress(errors) as bar:
+        task = bar.add_task("layers", total=None)
+        analysis = tappa.analyze(
+            *(loaded.model, loaded.tokenizer, texts),
+            tokens=tokens,
+            chunk=chunk,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if out is not None:
+        analysis.save(out / "analysis.json")
+        write_atomic(out / "heads.csv", analysis.to_frame().to_csv(index=False))
+    if as_json:
+        print(json.dumps(analysis.summary(), allow_nan=False))
+        return
+    show(analysis, Console())
+    if out is not None:
+        typer.echo(f"\nwrote {out / 'analysis.json'} and {out / 'heads.csv'}")
+
+
+def _progress(console: Console) -> Progress:
+    """A bar over prompts and layers, on stderr, gone when it is done."""
+    columns = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def main() -> None:
+    """Entry point: errors that a user can put right become one line and exit code 2."""
+    try:
+        app()
+    except TappaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,99 @@
+"""An Analysis on a terminal: a map of all heads, the most typical ones, and what agrees."""
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tappa.analysis import Analysis
+from tappa.patterns import LABELS, explain
+
+LETTERS = dict(zip(LABELS, "RSPL·", strict=True))
+STYLES = dict(zip(LABELS, ("cyan", "green", "magenta", "yellow", "dim"), strict=True))
+
+
+def show(analysis: Analysis, console: Console) -> None:
+    """Print the whole analysis."""
+    console.print(render(analysis))
+
+
+def render(analysis: Analysis) -> RenderableType:
+    """Header, head map, typical heads, agreement."""
+    summary = analysis.summary()
+    return Group(
+        _header(summary),
+        Text(),
+        _head_map(analysis),
+        Text(),
+        _typical(analysis),
+        Text(),
+        _agreement(summary),
+    )
+
+
+def _header(summary: dict[str, Any]) -> Text:
+    model, heads = summary["model"], len(summary["heads"])
+    return Text.assemble(
+        (model["name"], "bold"),
+        f"  {model['class']}, {model['layers']} layers, {heads} heads, ",
+        f"{summary['tokens']:,} tokens in {len(summary['prompts'])} prompt(s)",
+    )
+
+
+def _head_map(analysis: Analysis) -> Table:
+    """A line for each layer: the observed label of every head, in lower case where not explained."""
+    legend = "  ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    table = Table(
+        title=f"Heads by layer: {legend}\n(small letter or ∘: queries, keys and RoPE alone explain it otherwise)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for name in ("layer", "heads", "q-similarity", "k-similarity", "predictability"):
+        table.add_column(name, justify="left" if name == "heads" else "right")
+    frame = analysis.to_frame()
+    for layer, rows in frame.groupby("layer"):
+        marks = Text()
+        for observed, explained in zip(rows["observed"], rows["explained"], strict=True):
+            letter = LETTERS[observed]
+            other = "∘" if letter == "·" else letter.lower()
+            marks.append(letter if observed == explained else other, STYLES[observed])
+        means = rows[["q_similarity", "k_similarity", "predictability"]].mean()
+        table.add_row(str(layer), marks, *(f"{value:.2f}" for value in means))
+    return table
+
+
+def _typical(analysis: Analysis, each: int = 3) -> Table:
+    """The heads with the strongest evidence for each observed label."""
+    table = Table(title="Most typical heads", title_justify="left", box=None, pad_edge=False)
+    for name, justify in (("head", "left"), ("observed", "left"), ("S", "right"), ("why", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in LABELS:
+        rows = [head for head in analysis.heads if head["observed"] == name]
+        rows.sort(key=lambda head: -head["observed_scores"][head["observed"]])
+        for head in rows[:each]:
+            place = f"L{head['layer']} H{head['head']}"
+            similarity = f"{head['q_similarity'] or 0:.2f}"
+            table.add_row(place, Text(name, STYLES[name]), similarity, explain(head))
+    return table
+
+
+def _agreement(summary: dict[str, Any]) -> Text:
+    figures = summary["agreement"]
+    return Text.assemble(
+        "bounds of the theorems: ",
+        (f"{summary['bound_violations']} violations", "bold"),
+        f" in {summary['bounds_checked']:,} checks\n",
+        f"explained = observed on {figures['accuracy']:.0%} of heads",
+        f" (balanced accuracy {figures['balanced_accuracy']:.2f}",
+        f" over {figures['labels_observed']} labels that occur)\n",
+        "rank correlation with real persistence: ",
+        f"expected vertical {_two(figures['spearman_expected_vertical'])}, ",
+        f"expected diagonal {_two(figures['spearman_expected_diagonal'])}, ",
+        f"q-similarity with predictability {_two(figures['spearman_q_similarity_predictability'])}",
+    )
+
+
+def _two(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
