@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -103,9 +104,9 @@ class _Session:
     layers_seen: int = 0
     logits_to_keep: int = 0
 
-    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None):
+    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
-        batch, tokens = ids.shape
+        tokens = ids.shape[1]
         valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         self.spans = [_span(row) for row in valid.bool()]
         self.positions = (valid.cumsum(1) - 1).clamp_min(0) + self.start
@@ -147,7 +148,7 @@ class _Session:
         hidden, (cos, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(1, 8, hidden.shape[-1], generator=generator).to(hidden)
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name, value in call.arguments.items():
             keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             arguments |= value if keywords else {name: value}
@@ -196,7 +197,7 @@ class _Session:
             pad = 0 if self.start else first
             end = key.shape[2] - (query.shape[2] - last)
             view = LayerView(
-                layer=int(module.layer_idx),
+                layer=int(cast(int, module.layer_idx)),
                 row=row,
                 queries=query[row, :, first:last].float(),
                 keys=key[row, :, pad:end].float(),
@@ -231,7 +232,9 @@ class _Session:
 @contextmanager
 def _capturing(model: PreTrainedModel, consume: Consumer) -> Iterator[_Session]:
     """Register the capture, switch the model to it, and put everything back."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     wrapped = model.config.get_text_config()._attn_implementation
     if wrapped.startswith(PREFIX):

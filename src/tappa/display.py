@@ -42,10 +42,10 @@ def _header(summary: dict[str, Any]) -> Text:
 
 
 def _head_map(analysis: Analysis) -> Table:
-    """A line for each layer: the observed label of every head, in lower case where not explained."""
+    """A line for each layer: the observed label of every head, small where not explained."""
     legend = "  ".join(f"{letter} {name}" for name, letter in LETTERS.items())
     table = Table(
-        title=f"Heads by layer: {legend}\n(small letter or ∘: queries, keys and RoPE alone explain it otherwise)",
+        title=f"Heads by layer: {legend}\n(small letter or ∘: explained otherwise by q, k and RoPE)",
         title_justify="left",
         box=None,
         pad_edge=False,

@@ -82,7 +82,7 @@ def _attention_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
         sums["observed"][h] / sampled if sampled else (0.0,) * 3
     )
     measured, strength = lag_period(*lag_profile(sums, h, "lag_logits"))
-    figures = {
+    figures: Figures = {
         "sink_mass": float(sums["sink_mass"][h]) / max(float(sums["sink_rows"]), 1.0),
         "heavy_mass": float(sums["heavy_mass"][h]) / rows,
         "entropy": float(sums["entropy"][h]) / rows,
@@ -122,10 +122,11 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
     rest = used - np.polynomial.Polynomial.fit(x, used, 2)(x)
     power = np.abs(np.fft.rfft(rest * np.hanning(n), n=8 * n)) ** 2
     low, high = 24, 4 * n  # cycles in 8 n steps: periods from n / 3 down to 2
-    peak = low + int(power[low : high + 1].argmax())
-    if low < peak < high:
-        a, b, c = np.log(power[peak - 1 : peak + 2] + 1e-300)
-        peak += 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c else 0.0
+    top = low + int(power[low : high + 1].argmax())
+    peak = float(top)
+    if low < top < high:
+        a, b, c = np.log(power[top - 1 : top + 2] + 1e-300)
+        peak += float(0.5 * (a - c) / (a - 2 * b + c)) if a - 2 * b + c else 0.0
     angle = 2 * np.pi * peak / (8 * n) * np.arange(n)
     basis = np.stack([np.cos(angle), np.sin(angle)], 1)
     fitted = basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tappa.attention_profile import AttentionProfile, attention_profile
+from tappa.attention_profile import ADDITIVE, AttentionProfile, attention_profile
 from tappa.capture import LayerView
 from tappa.channels import ChannelSums, best_season, dominant_channel
 from tappa.errors import CaptureError, NonFiniteError
@@ -95,7 +95,9 @@ class PromptLayer:
 
     def statistics(self) -> LayerStatistics:
         """The sums of this prompt, ready to be added to those of others."""
-        assert self.channels is not None and self.profile is not None and self.season is not None
+        assert self.channels is not None
+        assert self.profile is not None
+        assert self.season is not None
         sums = {**self.channels.statistics(), **self.sampled, **_profile_sums(self.profile)}
         for name, similarity in (("q", self.queries), ("k", self.keys)):
             for variant, (cosines, pairs) in similarity.sums().items():
@@ -124,14 +126,8 @@ def _check_finite(view: LayerView) -> None:
 def _profile_sums(profile: AttentionProfile) -> dict[str, Tensor]:
     """The profile of a whole prompt without what grows with it."""
     heavy = profile.column_mass.topk(min(HEAVY_COLUMNS, profile.column_mass.shape[1])).values
-    return {
-        "heavy_mass": heavy.sum(-1),
-        **{name: torch.tensor(getattr(profile, name)) for name in ("rows", "sink_rows", "pairs")},
-        **{
-            name: getattr(profile, name)
-            for name in ("sink_mass", "entropy", "vertical", "diagonal")
-            + ("lag_attention", "lag_logits", "lag_counts")
-        },
+    return {"heavy_mass": heavy.sum(-1)} | {
+        name: torch.as_tensor(getattr(profile, name)) for name in ADDITIVE
     }
 
 

@@ -106,7 +106,8 @@ def explain(figures: Mapping[str, Any]) -> str:
     share, turn = figures["dominant_share"], figures["period"]
     why = f"queries alike (S = {figures['q_similarity'] or 0:.2f})"
     if turn is not None:
-        why += f", {share:.0%} of energy in channel {figures['dominant_channel']} (turns in {turn:,.0f})"
+        channel = figures["dominant_channel"]
+        why += f", {share:.0%} of energy in channel {channel} (one turn: {turn:,.0f} tokens)"
     what = {
         "re-access": f"keeps {figures['vertical']:.0%} on the same tokens"
         + (f", {figures['sink_mass']:.0%} on the first" if figures["sink_mass"] >= 0.2 else ""),

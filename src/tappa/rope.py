@@ -49,7 +49,7 @@ class RotaryChannels:
         return torch.cat([self.theta, rest])
 
     def chord(self, shift: int | Int[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
-        """`2 |sin(shift * theta / 2)|`: how far a rotation by `shift` tokens moves a unit vector."""
+        """`2 |sin(shift * theta / 2)|`: how far `shift` tokens of rotation move a unit vector."""
         shift = torch.as_tensor(shift, device=self.theta.device)
         return (2 * torch.sin(shift[..., None] * self.frequencies / 2).abs()).float()
 

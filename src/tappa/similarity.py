@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,9 +25,10 @@ class Variant(NamedTuple):
         return "_".join(self)
 
 
-VARIANTS = tuple(
-    Variant(*v) for v in product(("pre", "post"), ("all", "adjacent"), ("prompt", "window"))
-)
+SPACES: tuple[Space, ...] = ("pre", "post")
+PAIRS: tuple[Pairs, ...] = ("all", "adjacent")
+EXTENTS: tuple[Extent, ...] = ("prompt", "window")
+VARIANTS = tuple(Variant(s, p, e) for s in SPACES for p in PAIRS for e in EXTENTS)
 DEFAULT = Variant()
 PAPER_KV_CACHE = Variant("post", "all", "window")  # with window = 32
 PAPER_PRUNING = Variant("pre", "all", "prompt")
@@ -57,7 +57,7 @@ def self_similarity(x: Float[Tensor, "*batch tokens dim"]) -> Float64[Tensor, "*
 
 
 def _all_pairs(total: Tensor, squares: Tensor, steps: int) -> tuple[Tensor, int]:
-    """(sum of cosines, number) of ordered pairs of different steps, from the sum of unit vectors."""
+    """(sum of cosines, number) of ordered pairs of different steps, from sums of unit vectors."""
     return total.square().sum(-1) - squares, steps * (steps - 1)
 
 

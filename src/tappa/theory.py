@@ -206,7 +206,7 @@ def check_bounds(
     `season` is the lag L of Theorem 5.4 for each head (0: none fits the prompt), `channel` the
     dominant channel of Theorem 5.3. Bounds that cannot be tried are left out.
     """
-    heads, steps, _ = layer.queries.shape
+    steps = layer.queries.shape[1]
     one = torch.ones_like(season)
     shifts = {
         "vertical": (one, 0 * one),

@@ -1,0 +1,51 @@
+"""What every benchmark says about where it ran, and how it measures."""
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratios(slow: Callable[[], object], fast: Callable[[], object], n: int) -> dict[str, Any]:
+    """Time two functions in turns, after one call of each to warm up: `slow / fast`, n times."""
+    slow(), fast()
+    pairs = [(seconds(slow), seconds(fast)) for _ in range(n)]
+    values = sorted(a / b for a, b in pairs)
+    return {
+        "ratio_median": round(statistics.median(values), 3),
+        "ratio_min": round(values[0], 3),
+        "ratio_max": round(values[-1], 3),
+        "seconds_median": [
+            round(statistics.median(column), 4) for column in zip(*pairs, strict=True)
+        ],
+        "n": n,
+    }
