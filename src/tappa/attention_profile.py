@@ -203,10 +203,9 @@ def _empty(
 
 
 def _block_shape(group: int, kv_heads: int, keys: int, device: torch.device) -> tuple[int, int]:
-    """(KV heads, rows) of a block: about 1 MB of logits on a CPU, 256 MB on a GPU."""
-    if device.type == "cpu":
-        return 1, max(16, 2**18 // (group * keys))
-    return kv_heads, max(16, 2**26 // (group * kv_heads * keys))
+    """(KV heads, rows) of a block: about 2 MB of logits on a CPU, 256 MB on a GPU."""
+    budget = 2**19 if device.type == "cpu" else 2**26
+    return kv_heads, max(16, budget // (group * kv_heads * keys))
 
 
 def _add_block(

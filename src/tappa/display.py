@@ -45,7 +45,7 @@ def _head_map(analysis: Analysis) -> Table:
     """A line for each layer: the observed label of every head, small where not explained."""
     legend = "  ".join(f"{letter} {name}" for name, letter in LETTERS.items())
     table = Table(
-        title=f"Heads by layer: {legend}\n(small letter or ∘: explained otherwise by q, k and RoPE)",
+        title=f"Heads by layer: {legend}\n(small letter, ∘: q, k and RoPE explain it otherwise)",
         title_justify="left",
         box=None,
         pad_edge=False,

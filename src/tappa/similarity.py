@@ -157,7 +157,7 @@ def lag_sums(
     steps, past = later.shape[-2], earlier.shape[-2]
     size = 1 << (steps + past - 1).bit_length()  # no wrap-around, and a length that is fast
     a = torch.fft.rfft(later.transpose(-1, -2), n=size)
-    b = torch.fft.rfft(earlier.transpose(-1, -2), n=size)
+    b = a if earlier is later else torch.fft.rfft(earlier.transpose(-1, -2), n=size)
     cross = torch.fft.irfft((a * b.conj()).sum(-2), n=size)  # [j] = sum_s later_(s+j) . earlier_s
     lag = torch.arange(lags, device=later.device)
     return cross[..., (lag - start) % size] * (lag < start + steps)
