@@ -21,15 +21,9 @@ def show(analysis: Analysis, console: Console) -> None:
 def render(analysis: Analysis) -> RenderableType:
     """Header, head map, typical heads, agreement."""
     summary = analysis.summary()
-    return Group(
-        _header(summary),
-        Text(),
-        _head_map(analysis),
-        Text(),
-        _typical(analysis),
-        Text(),
-        _agreement(summary),
-    )
+    parts = (_header(summary), _legend(), _head_map(analysis), _typical(analysis))
+    spaced = [item for part in parts for item in (part, Text())]
+    return Group(*spaced, _agreement(summary))
 
 
 def _header(summary: dict[str, Any]) -> Text:
@@ -41,15 +35,15 @@ def _header(summary: dict[str, Any]) -> Text:
     )
 
 
+def _legend() -> Text:
+    """What the letters of the head map mean."""
+    letters = "  ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    return Text(f"{letters}\nsmall letter, ∘: queries, keys and RoPE alone explain it otherwise")
+
+
 def _head_map(analysis: Analysis) -> Table:
     """A line for each layer: the observed label of every head, small where not explained."""
-    legend = "  ".join(f"{letter} {name}" for name, letter in LETTERS.items())
-    table = Table(
-        title=f"Heads by layer: {legend}\n(small letter, ∘: q, k and RoPE explain it otherwise)",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     for name in ("layer", "heads", "q-similarity", "k-similarity", "predictability"):
         table.add_column(name, justify="left" if name == "heads" else "right")
     frame = analysis.to_frame()

@@ -104,10 +104,10 @@ def spearman(heads: pd.DataFrame, x: str, y: str) -> float | None:
 def explain(figures: Mapping[str, Any]) -> str:
     """One sentence in plain words: what the head does, and why."""
     share, turn = figures["dominant_share"], figures["period"]
-    why = f"queries alike (S = {figures['q_similarity'] or 0:.2f})"
+    why = ""
     if turn is not None:
         channel = figures["dominant_channel"]
-        why += f", {share:.0%} of energy in channel {channel} (one turn: {turn:,.0f} tokens)"
+        why = f"; {share:.0%} of energy in channel {channel}, one turn in {turn:,.0f} tokens"
     what = {
         "re-access": f"keeps {figures['vertical']:.0%} on the same tokens"
         + (f", {figures['sink_mass']:.0%} on the first" if figures["sink_mass"] >= 0.2 else ""),
@@ -116,4 +116,4 @@ def explain(figures: Mapping[str, Any]) -> str:
         "seasonal": f"repeats after {figures['season']} tokens",
         "unpredictable": f"only {figures['predictability']:.0%} known from the past",
     }
-    return f"{what[figures['observed']]}; {why}"
+    return what[figures["observed"]] + why
