@@ -55,6 +55,7 @@ class PromptLayer:
     profile: AttentionProfile | None = None
     season: Tensor | None = None  # (heads,) best seasonal lag L, 0 if the prompt is too short
     last_query: Tensor | None = None
+    border: tuple[int, Tensor] | None = None  # position and value of a key, see _remember_border
     sampled: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,17 +82,29 @@ class PromptLayer:
             self.season = best_season(queries, keys, self.settings.lags)
         for name, value in _sampled_figures(view, queries, past, self.season).items():
             self.sampled[name] = self.sampled[name] + value if name in self.sampled else value
-        self.view, self.last_query = view, view.queries[:, -1].clone()
+        self.rotary, self.scale, self.layer = view.rotary, view.attention.scale, view.layer
 
     def _add_profile(self, view: LayerView) -> None:
+        keys, key_start = view.keys, view.key_start
+        if self.border is not None and self.border[0] == key_start - 1:
+            keys, key_start = torch.cat([self.border[1], keys], dim=1), key_start - 1
         profile = attention_profile(
-            *(view.queries, view.keys, view.attention, self.settings.lags),
-            *(view.query_start, view.key_start, self.last_query),
+            *(view.queries, keys, view.attention, self.settings.lags),
+            *(view.query_start, key_start, self.last_query),
         )
         if self.profile is None:
             self.profile = profile
         else:
             self.profile.add(profile)
+        self._remember_border(view)
+
+    def _remember_border(self, view: LayerView) -> None:
+        """Keep what the last query sees and a sliding-window cache is about to drop: one key."""
+        self.last_query = view.queries[:, -1].clone()
+        end = view.query_start + view.queries.shape[1]
+        oldest = end - (view.attention.window or end)
+        at = oldest - view.key_start
+        self.border = (oldest, view.keys[:, at : at + 1].clone()) if at >= 0 else None
 
     def statistics(self) -> LayerStatistics:
         """The sums of this prompt, ready to be added to those of others."""
@@ -107,8 +120,7 @@ class PromptLayer:
         votes[torch.arange(len(self.season)), self.season] = self.profile.rows
         sums["season_votes"] = votes
         arrays = {name: value.cpu().numpy() for name, value in sums.items()}
-        theta = self.view.rotary.theta.tolist()
-        return LayerStatistics(self.view.layer, theta, self.view.attention.scale, arrays)
+        return LayerStatistics(self.layer, self.rotary.theta.tolist(), self.scale, arrays)
 
 
 def _check_finite(view: LayerView) -> None:
