@@ -12,8 +12,8 @@ POSITIONS = st.integers(0, 4096)
 
 
 def channels(first: list[int], second: list[int], theta: list[float], rest: list[int]):
-    tables = torch.tensor(first), torch.tensor(second), torch.tensor(theta, dtype=torch.float64)
-    return RotaryChannels(*tables, torch.tensor(rest, dtype=torch.int64))
+    pairs = [torch.tensor(dims, dtype=torch.int64) for dims in (first, second, rest)]
+    return RotaryChannels(*pairs[:2], torch.tensor(theta, dtype=torch.float64), pairs[2])
 
 
 # 7 dimensions: three channels in no particular order, and dimension 3 left as it is

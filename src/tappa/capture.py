@@ -92,7 +92,6 @@ class _Session:
 
     model: PreTrainedModel
     consume: Consumer
-    inv_freqs: list[Tensor]
     wrapped: str  # name of the model's own attention implementation
     start: int = 0  # tokens seen before this forward pass
     spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
@@ -219,7 +218,8 @@ class _Session:
         row = max(range(len(self.spans)), key=lambda r: self.spans[r][1] - self.spans[r][0])
         first, last = self.spans[row]
         cos, sin = (t[row if len(t) > 1 else 0, first:last] for t in self.tables[module])
-        theta = match_frequencies(cos, sin, self.positions[row, first:last], self.inv_freqs)
+        inv_freqs = _inv_freqs(self.model)  # read now: dynamic scaling replaces the buffers
+        theta = match_frequencies(cos, sin, self.positions[row, first:last], inv_freqs)
         known = self.frequencies.setdefault(module, theta)
         if not torch.equal(known, theta):
             raise CaptureError(
@@ -239,7 +239,7 @@ def _capturing(model: PreTrainedModel, consume: Consumer) -> Iterator[_Session]:
     wrapped = model.config.get_text_config()._attn_implementation
     if wrapped.startswith(PREFIX):
         raise CaptureError("this model is already being captured")
-    session = _Session(model, consume, _inv_freqs(model), wrapped)
+    session = _Session(model, consume, wrapped)
     name = f"{PREFIX}_{id(session):x}"  # its own, so that two models can be captured at once
     AttentionInterface.register(name, session.attend)
     if wrapped in ALL_MASK_ATTENTION_FUNCTIONS:

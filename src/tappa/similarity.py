@@ -146,7 +146,7 @@ def autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Te
 
 def lag_sums(
     later: Float[Tensor, "heads steps dim"],
-    earlier: Float[Tensor, "heads past dim"],
+    earlier: Float[Tensor, "#heads past dim"],
     lags: int,
     start: int = 0,
 ) -> Float[Tensor, "heads lags"]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Int, Int64, Real
 from torch import Tensor
 
 from tappa.rope import RotaryChannels
@@ -132,7 +132,7 @@ class BoundCheck:
         )
 
 
-def median_tightness(histogram: Float64[Tensor, " bins"]) -> float:
+def median_tightness(histogram: Real[Tensor, " bins"]) -> float:
     """Median of bound / actual from its histogram, to within a bin (19%); NaN if it is empty."""
     total = float(histogram.sum())
     if total == 0:
