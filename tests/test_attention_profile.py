@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -45,17 +45,22 @@ def assert_same(actual: AttentionProfile, expected: AttentionProfile) -> None:
             continue
         tolerance = 1e-5 * max(1.0, float(b.abs().max()))
         torch.testing.assert_close(
-            a.double(), b.double(), atol=tolerance, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            a.double(),
+            b.double(),
+            atol=tolerance,
+            rtol=1e-5,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
 @every_attention
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 41])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 41])
 def test_profile_is_that_of_the_full_matrix(attention: Attention, tokens: int) -> None:
     inputs = (*vectors(tokens), attention, LAGS)
     assert_same(attention_profile(*inputs), attention_profile_reference(*inputs))
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 37), st.integers(1, 3), st.integers(1, 3), st.integers(1, 41), st.data())
 def test_profile_of_any_size(tokens: int, kv_heads: int, group: int, lags: int, data) -> None:
     attention = data.draw(st.sampled_from(ATTENTIONS))
@@ -64,7 +69,7 @@ def test_profile_of_any_size(tokens: int, kv_heads: int, group: int, lags: int, 
 
 
 @every_attention
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 16), (3, 41)])
+@pytest.mark.parametrize("shape", [(1, 7), (2, 16), (3, 41)])
 def test_blocks_do_not_matter(attention: Attention, shape: tuple[int, int], monkeypatch) -> None:
     inputs = (*vectors(41), attention, LAGS)
     monkeypatch.setattr(module, "_block_shape", lambda *_: shape)
@@ -118,7 +123,7 @@ def chunks(
 
 
 @every_attention
-@pytest.mark.parametrize("size", [1, 3, 7, 40])
+@pytest.mark.parametrize("size", [7, 40])
 @pytest.mark.parametrize("drop", [False, True])
 def test_chunks_add_up_to_the_whole(attention: Attention, size: int, drop: bool) -> None:
     queries, keys = vectors(41)

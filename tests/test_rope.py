@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tappa.errors import CaptureError
@@ -37,6 +37,7 @@ def test_rotate_turns_first_towards_second():
     )
 
 
+@settings(deadline=None)
 @given(POSITIONS)
 def test_unrotate_undoes_rotate(start: int) -> None:
     x, positions = random(2, 5, 7), torch.arange(start, start + 5)
@@ -44,6 +45,7 @@ def test_unrotate_undoes_rotate(start: int) -> None:
     torch.testing.assert_close(MIXED.unrotate(rotated, positions), x, atol=1e-5, rtol=0)
 
 
+@settings(deadline=None)
 @given(POSITIONS, POSITIONS, st.integers(0, 10_000))
 def test_logits_depend_on_the_distance_only(a: int, b: int, shift: int) -> None:
     q, k = random(2, 7)
@@ -56,6 +58,7 @@ def test_logits_depend_on_the_distance_only(a: int, b: int, shift: int) -> None:
     assert logit(a, a) == pytest.approx(float(q @ k), abs=1e-5)
 
 
+@settings(deadline=None)
 @given(POSITIONS)
 def test_rotation_keeps_norms_and_the_rest(start: int) -> None:
     x, positions = random(5, 7), torch.arange(start, start + 5)
@@ -70,6 +73,7 @@ def test_positions_may_differ_between_heads() -> None:
     torch.testing.assert_close(MIXED.rotate(x, positions), expected)
 
 
+@settings(deadline=None)
 @given(POSITIONS)
 def test_chord_is_how_far_a_rotation_moves(shift: int) -> None:
     x = random(1, 7)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,12 +58,14 @@ def test_self_similarity_needs_two_steps(steps: int) -> None:
     assert self_similarity(torch.ones(3, steps, 5)).isnan().all()
 
 
+@settings(deadline=None)
 @given(STEPS, DIMS, SEEDS)
 def test_self_similarity_is_the_mean_of_the_full_matrix(steps: int, dim: int, seed: int) -> None:
     x = random(3, steps, dim, seed=seed)
     torch.testing.assert_close(self_similarity(x), naive(x), atol=1e-6, rtol=0)
 
 
+@settings(deadline=None)
 @given(STEPS, DIMS, SEEDS)
 def test_self_similarity_is_between_its_bounds(steps: int, dim: int, seed: int) -> None:
     value = float(self_similarity(random(steps, dim, seed=seed)))
@@ -99,6 +101,7 @@ def measure(pre: Tensor, post: Tensor, sizes: list[int], window: int):
     return meter.sums()
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 11), SEEDS)
 def test_every_variant_in_any_chunks(sizes: list[int], window: int, seed: int) -> None:
     both = random(2, 3, sum(sizes), 5, seed=seed)
@@ -161,11 +164,15 @@ def naive_lag_sum(later: Tensor, earlier: Tensor, lag: int, start: int) -> tuple
     return sum(terms), len(terms)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 11), st.integers(0, 7), st.integers(0, 5), st.integers(1, 29), SEEDS)
 def test_lag_sums_and_counts(steps: int, start: int, after: int, lags: int, seed: int) -> None:
     later = random(2, steps, 3, seed=seed)
     earlier = random(2, start + steps + after, 3, seed=seed + 1)
-    sums, counts = lag_sums(later, earlier, lags, start), lag_counts(steps, len(earlier[0]), lags, start)
+    sums, counts = (
+        lag_sums(later, earlier, lags, start),
+        lag_counts(steps, len(earlier[0]), lags, start),
+    )
     for lag in range(lags):
         for head in range(2):
             expected, count = naive_lag_sum(later[head], earlier[head], lag, start)
@@ -182,6 +189,7 @@ def test_lag_sums_by_hand() -> None:
     assert lag_counts(2, 3, 3, start=1).tolist() == [2, 2, 1]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 13), st.integers(1, 17), SEEDS)
 def test_autocorrelation_is_the_mean_cosine_at_a_lag(steps: int, lags: int, seed: int) -> None:
     x = random(2, steps, 3, seed=seed)

@@ -216,7 +216,8 @@ def check_bounds(
         "seasonal_columns": (0 * one, season),
     }
     for name, (u, v) in shifts.items():
-        if steps <= int(u.max()) or (name.startswith("seasonal") and int(season.min()) == 0):
+        longest = int(torch.maximum(u, v).max())
+        if steps <= longest or (name.startswith("seasonal") and int(season.min()) == 0):
             continue
         at = spread_rows(steps - u, rows)
         key_at = layer.sample_keys(at, keys, v)

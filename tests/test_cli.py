@@ -1,0 +1,166 @@
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tappa
+from tappa.analysis import SCHEMA
+from tappa.cli import main
+from tiny import save_tiny
+
+TEXT = "It is a truth universally acknowledged, that a man"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer with 6 heads and a context of 512 tokens."""
+    return save_tiny(tmp_path_factory.mktemp("cli") / "model", num_hidden_layers=1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of 50 tokens, in a folder below which nothing else lies."""
+    path = tmp_path / "in" / "text.txt"
+    path.parent.mkdir()
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
+) -> Run:
+    """Call the command: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tappa", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        code = exit_.value.code or 0
+        assert isinstance(code, int)
+        return code, captured.out, captured.err
+
+    return call
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    options = ("--device", "cpu", "--json", "--out", out)
+    code, stdout, _ = run("analyze", model, "--text", text, *options)
+    assert code == 0
+    found = json.loads(stdout)
+    assert (found["schema"], found["tokens"], found["bound_violations"]) == (SCHEMA, len(TEXT), 0)
+    assert (found["model"]["name"], found["model"]["layers"]) == (str(model), 1)
+    assert set(found["agreement"]) >= {"accuracy", "balanced_accuracy", "confusion"}
+    assert [(h["layer"], h["head"]) for h in found["heads"]] == [(0, h) for h in range(6)]
+    names = {"q_similarity", "k_similarity", "dominant_channel", "dominant_share", "period"}
+    names |= {"sink_mass", "predictability", "explained", "observed"}
+    assert all(names <= head.keys() for head in found["heads"])
+    assert files_below(tmp_path / "new") == ["out/analysis.json", "out/heads.csv"]
+    assert tappa.Analysis.load(out / "analysis.json").summary() == found
+    rows = list(csv.DictReader((out / "heads.csv").open()))
+    for row, head in zip(rows, found["heads"], strict=True):
+        assert float(row["q_similarity"]) == head["q_similarity"]
+        assert row["observed"] == head["observed"]
+
+
+def test_the_terminal_shows_the_analysis(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--device", "cpu", "--tokens", "30", "--chunk", "16", "--out", out)
+    code, stdout, _ = run("analyze", model, "--text", text, "--text", text, *options)
+    assert code == 0
+    assert "1 layers, 6 heads, 60 tokens in 2 prompt(s)" in " ".join(stdout.split())
+    assert "bounds of the theorems: 0 violations" in stdout
+    assert f"wrote {out / 'analysis.json'} and {out / 'heads.csv'}" in " ".join(stdout.split())
+    assert files_below(out) == ["analysis.json", "heads.csv"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["--version"]])
+def test_help_and_version(run: Run, arguments: list[str]) -> None:
+    code, stdout, stderr = run(*arguments)
+    assert (code, stderr) == (0, "")
+    expected = f"tappa {tappa.__version__}\n" if arguments == ["--version"] else "Usage"
+    assert expected in stdout
+
+
+def refused(run: Run, folder: Path, *arguments: object) -> str:
+    """The message of an analysis that cannot be made, which leaves no file in the folder."""
+    before = files_below(folder)
+    options = () if "--out" in arguments else ("--out", folder / "out")
+    code, stdout, stderr = run("analyze", *arguments, *options)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    assert files_below(folder) == before
+    return stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the text file"),
+        (b"caf\xe9 au lait", "expected UTF-8 text, got byte 0xe9 at offset 3"),
+        (b" \n", "expected text, got an empty file"),
+        (b"", "expected text, got an empty file"),
+        (b"short", "expected at least 8 tokens, the text has 5"),
+    ],
+)
+def test_bad_text(
+    run: Run, model: Path, text: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    if content is None:
+        text.unlink()
+    else:
+        text.write_bytes(content)
+    assert message in refused(run, tmp_path, model, "--text", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens", "513"), "more than the model's context of 512 tokens"),
+        (("--tokens", "3"), "expected at least 8 tokens, got tokens=3"),
+        (("--device", "warp"), "expected the device auto, cpu, cuda or cuda:N, got 'warp'"),
+        (("--dtype", "int4"), "expected the dtype auto, float32"),
+    ],
+)
+def test_bad_options(
+    run: Run, model: Path, text: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(run, tmp_path, model, "--text", text, *options)
+
+
+def test_missing_model(run: Run, text: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert "no such model file or folder" in refused(run, tmp_path, missing, "--text", text)
+
+
+def test_model_without_rope(run: Run, text: Path, tmp_path: Path) -> None:
+    gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")
+    assert "expected a model with rotary" in refused(run, tmp_path, gpt2, "--text", text)
+
+
+@pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00 and then nothing of use", b"no gguf"])
+def test_corrupt_gguf(run: Run, text: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert "GGUF file" in refused(run, tmp_path, path, "--text", text)
+
+
+def test_out_below_a_file(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    message = refused(run, tmp_path, model, "--text", text, "--out", text / "out")
+    assert "cannot write to the folder" in message
+    assert text.read_text() == TEXT
