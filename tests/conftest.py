@@ -1,7 +1,10 @@
 import pytest
+import torch
 
 import tappa.models
 from tappa.models import LoadedModel
+
+torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
-) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
     """Call the command: (exit code, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -74,9 +72,7 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
         assert row["observed"] == head["observed"]
 
 
-def test_the_terminal_shows_the_analysis(
-    run: Run, model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_terminal_shows_the_analysis(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--device", "cpu", "--tokens", "30", "--chunk", "16", "--out", out)
     code, stdout, _ = run("analyze", model, "--text", text, "--text", text, *options)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import ROPE_KINDS, save_tiny, tiny_model, tiny_tokenizer
 
 import tappa
 from tappa.cli import main
@@ -15,6 +14,7 @@ from tappa.errors import AnalysisFileError, NonFiniteError
 from tappa.models import LoadedModel
 from tappa.patterns import LABELS
 from tappa.texts import packaged_text
+from tiny import ROPE_KINDS, save_tiny, tiny_model, tiny_tokenizer
 
 TEXTS = [packaged_text()[:400], packaged_text()[1000:1400]]
 ASKED = (

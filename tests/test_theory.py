@@ -115,15 +115,6 @@ def test_wrong_queries_are_reported(factor: float, names: set[str]) -> None:
     assert {name for name, r in results.items() if (r.violations > 0).any()} == names
 
 
-def test_residual_of_another_channel_pairing_is_reported() -> None:
-    layer, now = random_layer(), points(random_layer(), 13, 2)
-    short = replace(now, query=now.query * torch.tensor([1.0, 1, 1, 1, 1, 1, 0]))
-    _, bound = residual_bound(MIXED, short, full(6, 1))
-    actual, _ = residual_bound(MIXED, now, full(6, 1))
-    wrong = BoundCheck.of(actual, 0.01 * bound, now.slack())
-    assert len(layer.queries) == int(wrong.violations.sum())
-
-
 def test_not_a_number_is_a_violation() -> None:
     layer = random_layer()
     queries = layer.queries.clone()

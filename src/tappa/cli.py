@@ -18,10 +18,11 @@ from tappa.texts import packaged_text, read_text
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"tappa {tappa.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
