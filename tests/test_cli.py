@@ -66,7 +66,7 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
     assert all(names <= head.keys() for head in found["heads"])
     assert files_below(tmp_path / "new") == ["out/analysis.json", "out/heads.csv"]
     assert tappa.Analysis.load(out / "analysis.json").summary() == found
-    rows = list(csv.DictReader((out / "heads.csv").open()))
+    rows = list(csv.DictReader((out / "heads.csv").read_text().splitlines()))
     for row, head in zip(rows, found["heads"], strict=True):
         assert float(row["q_similarity"]) == head["q_similarity"]
         assert row["observed"] == head["observed"]

@@ -162,6 +162,7 @@ def test_attention_figures_by_hand(layer: LayerStatistics) -> None:
 
 
 def test_shares_are_shares(layer: LayerStatistics) -> None:
+    shares: tuple[str, ...]
     shares = ("sink_mass", "heavy_mass", "vertical", "diagonal", "predictability", "dominant_share")
     shares += ("expected_vertical", "expected_diagonal", "expected_sink_mass", "alignment")
     for head in head_figures(layer):

@@ -99,7 +99,9 @@ def analyze(
 def _progress(console: Console) -> Progress:
     """A bar over prompts and layers, on stderr, gone when it is done."""
     columns = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    off = not console.is_terminal  # else a stray empty line is printed
+    left = TimeRemainingColumn()
+    return Progress(*columns, left, console=console, transient=True, disable=off)
 
 
 def main() -> None:

@@ -143,6 +143,8 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
         rotate_with(cos, sin).float().cpu().movedim(-2, 0).flatten(1, -2)
         for cos, sin in ((one, zero), (table, zero), (zero, table))
     )
+    sound = torch.stack([x, scaled, swapped]).isfinite().all(dim=3).all(dim=1).all(dim=0)
+    x, scaled, swapped = x[:, sound], scaled[:, sound], swapped[:, sound]  # NaN is reported later
     column, rotated = _match_columns(x, scaled, table)
     turned = torch.where(rotated, swapped / table[:, None, column], 0.0)
     partner, sign = _match_partners(x.flatten(0, 1), turned.flatten(0, 1))
