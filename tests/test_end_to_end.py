@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ ASKED = (
 )
 
 
-def analysis_of(kind: str, texts: list[str], **options: int) -> tappa.Analysis:
+def analysis_of(kind: str, texts: list[str], **options: Any) -> tappa.Analysis:
     return tappa.analyze(tiny_model(kind), tiny_tokenizer(), texts, tokens=41, **options)
 
 
