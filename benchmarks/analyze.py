@@ -1,12 +1,9 @@
 """`analyze` on SmolLM2: time against one plain forward at 2048 tokens, peak memory at 8192."""
 
 import json
-import resource
-import subprocess
-import sys
 
 import torch
-from machine import describe, ratios
+from machine import describe, in_fresh_process, peak_mb, ratios
 
 import tappa
 from tappa.texts import encode_texts, packaged_text
@@ -28,16 +25,12 @@ def run(form: str, tokens: int) -> None:
     else:
         with torch.inference_mode():
             loaded.model(ids, use_cache=False, logits_to_keep=1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
 
 
-def peak_mb(form: str, tokens: int) -> float:
-    """Peak resident size of a fresh process that does nothing else."""
-    code = f"import analyze; analyze.run({form!r}, {tokens})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True
-    )
-    return round(float(done.stdout.split()[-1]))
+def peak_of(form: str, tokens: int) -> float:
+    """Peak resident size of a fresh process that does nothing else, in MB."""
+    return in_fresh_process(f"import analyze; analyze.run({form!r}, {tokens})")
 
 
 def main() -> None:
@@ -48,13 +41,13 @@ def main() -> None:
             loaded.model(ids, use_cache=False, logits_to_keep=keep)
 
     def whole() -> None:
-        tappa.analyze(*loaded, packaged_text(), tokens=2048)
+        _ = tappa.analyze(*loaded, packaged_text(), tokens=2048).heads
 
     what = {"benchmark": "analyze", "model": "SmolLM2-135M-Instruct float32", "tokens": 2048}
     result = {
         "against_forward": ratios(whole, lambda: plain(0), RUNS),
         "against_forward_without_logits": ratios(whole, lambda: plain(1), RUNS),
-        "peak_mb_at_8192": {form: peak_mb(form, 8192) for form in ("plain", "analyze")},
+        "peak_mb_at_8192": {form: peak_of(form, 8192) for form in ("plain", "analyze")},
     }
     print(json.dumps(what | result | describe()))
 

@@ -1,11 +1,9 @@
 """q-similarity of 32 heads at T = 8192 against the T x T form: time ratio and extra memory."""
 
 import json
-import subprocess
-import sys
 
 import torch
-from machine import describe, ratios
+from machine import describe, in_fresh_process, ratios
 from torch.nn.functional import normalize
 
 from tappa.similarity import self_similarity
@@ -17,29 +15,23 @@ def quadratic(x: torch.Tensor) -> torch.Tensor:
     """The definition: mean of the T x T cosines off the diagonal, one head at a time."""
     out = []
     for head in normalize(x, dim=-1):
-        cosines = head @ head.T
-        out.append((cosines.sum() - cosines.trace()) / (TOKENS * (TOKENS - 1)))
+        cosines, steps = head @ head.T, len(head)
+        out.append((cosines.sum() - cosines.trace()) / (steps * (steps - 1)))
     return torch.stack(out)
 
 
 def queries() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(HEADS, TOKENS, DIM, generator=generator) + 0.5
+    return torch.randn(HEADS, TOKENS, DIM, generator=generator).add_(0.5)
 
 
 def peak_over_input(form: str) -> float:
-    """MB that a fresh process needs beyond the queries (peak resident size, before and after)."""
-    code = (
-        "import resource, torch, q_similarity as b\n"
-        "x = b.queries(); b.self_similarity(x[:1, :64]); b.quadratic(x[:1, :64])\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"before = peak(); b.{form}(x); print((peak() - before) / 1024)"
+    """MB that a fresh process needs beyond the queries, once it is warm."""
+    return in_fresh_process(
+        "import machine, torch, q_similarity as b\n"
+        f"x = b.queries(); b.{form}(x[:1, :64])\n"
+        f"before = machine.peak_mb(); b.{form}(x); print(machine.peak_mb() - before)"
     )
-    code = code.replace("b.quadratic(x[:1, :64])", "torch.mm(x[0, :64], x[0, :64].T)")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True
-    )
-    return round(float(done.stdout), 1)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ def column(name: str | None) -> dict[str, str]:
                 ("expected and real vertical persistence", "spearman_expected_vertical"),
                 ("expected and real diagonal persistence", "spearman_expected_diagonal"),
                 ("expected and real predictability", "spearman_expected_predictability"),
+                ("expected and real strength of the period", "spearman_expected_period_strength"),
                 ("q-similarity and predictability", "spearman_q_similarity_predictability"),
             )
         },

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -44,13 +45,12 @@ def assert_same(actual: AttentionProfile, expected: AttentionProfile) -> None:
             assert a == b, name
             continue
         tolerance = 1e-5 * max(1.0, float(b.abs().max()))
-        torch.testing.assert_close(
-            a.double(),
-            b.double(),
-            atol=tolerance,
-            rtol=1e-5,
-            msg=lambda text, n=name: f"{n}: {text}",
-        )
+        a, b = a.double(), b.double()
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5, msg=partial(_named, name))
+
+
+def _named(name: str, message: str) -> str:
+    return f"{name}: {message}"
 
 
 @every_attention

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tappa
-from tappa.figures import Figures, head_figures, kv_head, lag_period, lag_profile
+from tappa.figures import Figures, channel_of, head_figures, kv_head, lag_period, lag_profile
 from tappa.layer_statistics import LayerStatistics
 from tiny import tiny_model, tiny_tokenizer
 
@@ -113,6 +113,30 @@ def test_a_channel_that_is_not_rotated_counts_but_cannot_dominate(layer: LayerSt
     assert (head["dominant_channel"], head["dominant_share"]) == (1, 0.25)
     assert head["period"] is None
     assert head["unrotated_share"] == 0.625
+
+
+def test_a_fast_channel_gives_the_expected_period_whatever_the_dominant_one(
+    layer: LayerStatistics,
+) -> None:
+    """The slow channel has most energy and never turns; the fast one has a period of 7."""
+    energy, align = np.tile([99.0, 1.0], (6, 1)), np.zeros((6, 2, 2))
+    align[:, 0], align[:, 1] = [50.0, 0.0], [0.3, -0.4]
+    counts = {"lag_counts": np.full(1024, 3)}
+    slow = replace(layer, theta=[1e-6, 2 * np.pi / 7])
+    head = changed(slow, energy=energy, align=align, **counts)[2]
+    assert head["dominant_channel"] == 0
+    assert head["expected_period"] == pytest.approx(7, abs=1e-3)
+    assert head["expected_period_strength"] > 0.99
+
+
+def test_the_nearest_channel_of_a_period() -> None:
+    theta = [2 * np.pi / 3, 2 * np.pi / 11, 2 * np.pi / 101, 0.0]
+    assert [channel_of(tokens, theta) for tokens in (2.0, 9.0, 13.0, 999.0)] == [0, 1, 1, 2]
+    assert channel_of(None, theta) is channel_of(5.0, [0.0]) is channel_of(5.0, []) is None
+
+
+def test_a_flat_profile_has_no_period() -> None:
+    assert lag_period(np.full(101, 0.1), np.full(101, 7.0)) == (None, 0.0)
 
 
 def test_a_layer_without_rotation_has_no_channel(layer: LayerStatistics) -> None:

@@ -16,6 +16,8 @@ ORDER = [
     "similarity",
     "attention_profile",
     "theory",
+    "interface",
+    "rotary_probe",
     "capture",
     "channels",
     "query_model",

@@ -127,6 +127,8 @@ def heads() -> pd.DataFrame:
             "expected_vertical": [0.01, 0.02, 0.5, 0.6, 0.7],  # same order
             "diagonal": [0.1, 0.2, 0.3, 0.4, 0.5],
             "expected_diagonal": [0.3] * 5,  # constant
+            "period_strength": [0.1, 0.2, 0.3, 0.4, 0.5],
+            "expected_period_strength": [0.5, 0.4, 0.3, 0.2, 0.1],  # the other way round
         }
     )
 
@@ -140,6 +142,7 @@ def test_agreement_by_hand() -> None:
     assert found["spearman_expected_predictability"] == pytest.approx(-0.8)
     assert found["spearman_expected_vertical"] == pytest.approx(1)
     assert found["spearman_expected_diagonal"] is None
+    assert found["spearman_expected_period_strength"] == pytest.approx(-1)
 
 
 def test_confusion_has_observed_labels_as_rows() -> None:
@@ -197,6 +200,7 @@ def described(observed: str, **changes: object) -> str:
         "diagonal": 0.62,
         "sink_mass": 0.73,
         "measured_period": 14.94,
+        "measured_channel": 2,
         "season": 17,
         "predictability": 0.31,
     }
@@ -208,7 +212,7 @@ def described(observed: str, **changes: object) -> str:
     [
         ("re-access", "keeps 91% on the same tokens, 73% on the first"),
         ("sequential", "moves along, 62% one token on"),
-        ("periodic", "diagonals every 14.9 tokens"),
+        ("periodic", "diagonals every 14.9 tokens, as channel 2 turns"),
         ("seasonal", "repeats after 17 tokens"),
         ("unpredictable", "only 31% known from the past"),
     ],

@@ -12,8 +12,8 @@ POSITIONS = st.integers(0, 4096)
 
 
 def channels(first: list[int], second: list[int], theta: list[float], rest: list[int]):
-    pairs = [torch.tensor(dims, dtype=torch.int64) for dims in (first, second, rest)]
-    return RotaryChannels(*pairs[:2], torch.tensor(theta, dtype=torch.float64), pairs[2])
+    one, two, left = (torch.tensor(dims, dtype=torch.int64) for dims in (first, second, rest))
+    return RotaryChannels(one, two, torch.tensor(theta, dtype=torch.float64), left)
 
 
 # 7 dimensions: three channels in no particular order, and dimension 3 left as it is
@@ -170,7 +170,9 @@ def test_probe_refuses_what_turns_no_pairs() -> None:
         probe_layout(lambda cos, sin: x * cos + x.roll(1, -1) * sin, 6)
 
 
-def tables(theta: torch.Tensor, positions: torch.Tensor, factor: float = 1.0):
+def tables(
+    theta: torch.Tensor, positions: torch.Tensor, factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     angles = positions[:, None].float() * theta
     return factor * angles.cos(), factor * angles.sin()
 

@@ -105,7 +105,7 @@ def measure(pre: Tensor, post: Tensor, sizes: list[int], window: int):
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 11), SEEDS)
 def test_every_variant_in_any_chunks(sizes: list[int], window: int, seed: int) -> None:
     both = random(2, 3, sum(sizes), 5, seed=seed)
-    sums = measure(*both, sizes, window)
+    sums = measure(both[0], both[1], sizes, window)
     assert set(sums) == set(VARIANTS)
     for variant, (total, count) in sums.items():
         x = both[0 if variant.space == "pre" else 1]

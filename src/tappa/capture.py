@@ -6,7 +6,6 @@ stay bit-identical. Nothing is patched, and everything is put back even when the
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +14,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, PreTrainedModel
 
 from tappa.attention_profile import Attention
 from tappa.errors import CaptureError, ModelError
-from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
-
-PREFIX = "tappa_capture"
-CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past"}
+from tappa.interface import AttentionSwitch, attention_of
+from tappa.rope import RotaryChannels
+from tappa.rotary_probe import RotaryProbe
 
 
 @dataclass(frozen=True)
@@ -92,16 +88,17 @@ class _Session:
 
     model: PreTrainedModel
     consume: Consumer
-    wrapped: str  # name of the model's own attention implementation
+    probe: RotaryProbe
+    switch: AttentionSwitch = field(init=False)
     start: int = 0  # tokens seen before this forward pass
     spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
-    tables: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    layouts: dict[nn.Module, RotaryLayout] = field(default_factory=dict)
     frequencies: dict[nn.Module, Tensor] = field(default_factory=dict)
-    probed: list[Tensor] | None = None
     layers_seen: int = 0
     logits_to_keep: int = 0
+
+    def __post_init__(self) -> None:
+        self.switch = AttentionSwitch(self.model, self.attend)
 
     def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
@@ -127,44 +124,6 @@ class _Session:
         self.start += tokens
         return out
 
-    def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before a module that takes `position_embeddings`: learn its rotary layout, once."""
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
-        table = call.arguments.get("position_embeddings")
-        self.tables.pop(module, None)
-        if table is None or not hasattr(module, "layer_idx"):
-            return
-        if not (isinstance(table, tuple) and len(table) == 2 and table[0].is_floating_point()):
-            raise CaptureError(
-                f"expected RoPE tables (cos, sin), {type(module).__name__} takes another form"
-            )
-        self.tables[module] = table
-        if module not in self.layouts and _is_attention(module):
-            self.layouts[module] = self._probe(module, call)
-
-    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
-        """Run the attention module alone on random vectors with made-up tables."""
-        hidden, (cos, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(1, 8, hidden.shape[-1], generator=generator).to(hidden)
-        arguments: dict[str, Any] = {}
-        for name, value in call.arguments.items():
-            keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            arguments |= value if keywords else {name: value}
-        arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
-        arguments |= {"hidden_states": noise, "attention_mask": None}
-
-        def rotate_with(cos_table: Tensor, sin_table: Tensor) -> Tensor:
-            tables = tuple(t[None].to(cos) for t in (cos_table, sin_table))
-            self.probed = []
-            module.forward(**(arguments | {"position_embeddings": tables}))
-            return self.probed[0][0]
-
-        try:
-            return probe_layout(rotate_with, cos.shape[-1])
-        finally:
-            self.probed = None
-
     def attend(
         self,
         module: nn.Module,
@@ -175,20 +134,17 @@ class _Session:
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: show the layer to `consume`, then call it."""
-        if self.probed is not None:
-            self.probed.append(query)
-            shape = (*query.shape[:3], value.shape[-1])
-            return query.new_zeros(shape).transpose(1, 2), None
-        output = _own_kernel(self.wrapped, module)(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        if self.probe.probing:
+            return self.probe.answer(query, value)
+        kernel = self.switch.own_kernel(module)
+        output = kernel(module, query, key, value, attention_mask, **kwargs)
         self._show(module, query, key, attention_mask, kwargs)
         return output
 
     def _show(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict
     ) -> None:
-        attention = _attention_of(module, query, kwargs)
+        attention = attention_of(module, query, kwargs)
         rotary = self._rotary(module)
         self.layers_seen += 1
         seen = self.start + query.shape[2]
@@ -209,77 +165,30 @@ class _Session:
             self.consume(view)
 
     def _rotary(self, module: nn.Module) -> RotaryChannels:
-        """The rotary channels of a layer, with frequencies as they are in this forward pass."""
-        if module not in self.tables:
-            raise ModelError(
-                f"expected a model with rotary position embeddings (RoPE), but "
-                f"{type(module).__name__} of {type(self.model).__name__} gets none"
-            )
+        """The rotary channels of a layer, which must not change between chunks."""
         row = max(range(len(self.spans)), key=lambda r: self.spans[r][1] - self.spans[r][0])
-        first, last = self.spans[row]
-        cos, sin = (t[row if len(t) > 1 else 0, first:last] for t in self.tables[module])
-        inv_freqs = _inv_freqs(self.model)  # read now: dynamic scaling replaces the buffers
-        theta = match_frequencies(cos, sin, self.positions[row, first:last], inv_freqs)
-        known = self.frequencies.setdefault(module, theta)
-        if not torch.equal(known, theta):
+        tokens = slice(*self.spans[row])
+        rotary = self.probe.channels(module, row, tokens, self.positions[row, tokens])
+        if not torch.equal(self.frequencies.setdefault(module, rotary.theta), rotary.theta):
             raise CaptureError(
                 "RoPE frequencies changed between chunks (dynamic scaling): "
                 "analyse this prompt in one piece (chunk=None)"
             )
-        return self.layouts[module].channels(theta)
+        return rotary
 
 
 @contextmanager
 def _capturing(model: PreTrainedModel, consume: Consumer) -> Iterator[_Session]:
-    """Register the capture, switch the model to it, and put everything back."""
-    configs: dict[int, Any] = {
-        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-    }
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    wrapped = model.config.get_text_config()._attn_implementation
-    if wrapped.startswith(PREFIX):
-        raise CaptureError("this model is already being captured")
-    session = _Session(model, consume, wrapped)
-    name = f"{PREFIX}_{id(session):x}"  # its own, so that two models can be captured at once
-    AttentionInterface.register(name, session.attend)
-    if wrapped in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[wrapped])
-    hooks = [
-        module.register_forward_pre_hook(session.remember, with_kwargs=True)
-        for module in model.modules()
-        if "position_embeddings" in inspect.signature(module.forward).parameters
-    ]
+    """Switch the model to the capture, and put everything back."""
+    session = _Session(model, consume, RotaryProbe(model))
+    session.switch.on()
+    hooks = session.probe.hooks()
     try:
-        for config in configs.values():
-            config._attn_implementation = name
         yield session
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        session.switch.off()
         for hook in hooks:
             hook.remove()
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(name, None)
-
-
-def _inv_freqs(model: nn.Module) -> list[Tensor]:
-    """Every table of rotary frequencies of the model (several if layer types differ)."""
-    return [
-        buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name
-    ]
-
-
-def _own_kernel(name: str, module: nn.Module) -> Callable:
-    """The attention function that the model would have called."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return eager if name == "eager" and eager is not None else ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """An attention module, and not a decoder layer around one."""
-    return hasattr(module, "scaling") or hasattr(module, "head_dim")
 
 
 def _span(valid: Tensor) -> tuple[int, int]:
@@ -288,21 +197,6 @@ def _span(valid: Tensor) -> tuple[int, int]:
     if len(at) == 0 or int(at[-1] - at[0]) + 1 != len(at):
         raise CaptureError("expected padding on the left or on the right of a prompt only")
     return int(at[0]), int(at[-1]) + 1
-
-
-def _attention_of(module: nn.Module, query: Tensor, kwargs: dict) -> Attention:
-    """Scale, window and soft-capping as the model passes them to its kernel."""
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} adds {name} to its attention, which tappa cannot analyse"
-            )
-    scale = kwargs.get("scaling")
-    return Attention(
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-    )
 
 
 def _check_mask(mask: Tensor | None, view: LayerView, first: int, pad: int) -> None:

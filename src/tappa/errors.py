@@ -25,5 +25,9 @@ class CaptureError(TappaError):
     """Something in the forward pass that the analysis cannot trust."""
 
 
+class CompressionError(TappaError):
+    """A method, a budget or a use of the compressed cache that cannot work."""
+
+
 class NonFiniteError(CaptureError):
     """NaN or infinity in the queries, keys or values of a layer."""

@@ -21,7 +21,7 @@ def head_figures(statistics: LayerStatistics) -> list[Figures]:
         {"layer": statistics.layer, "head": h}
         | _similarities(statistics.sums, h)
         | _channel_figures(statistics, h)
-        | _attention_figures(statistics.sums, h)
+        | _attention_figures(statistics, h)
         | _expected(statistics, h)
         | _bound_figures(statistics.sums, h)
         for h in range(heads)
@@ -73,8 +73,9 @@ def _channel_figures(statistics: LayerStatistics, h: int) -> Figures:
     }
 
 
-def _attention_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
+def _attention_figures(statistics: LayerStatistics, h: int) -> Figures:
     """What attention does, from its sums over rows."""
+    sums = statistics.sums
     rows, pairs = float(sums["rows"]), max(float(sums["pairs"]), 1.0)
     sampled = float(sums["seasonal_rows"][h])
     season = int(sums["season_votes"][h].argmax())
@@ -93,6 +94,7 @@ def _attention_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
         "seasonal_rows": float(seasonal_rows),
         "seasonal_columns": float(seasonal_columns),
         "measured_period": measured,
+        "measured_channel": channel_of(measured, statistics.theta),
         "period_strength": strength,
     }
     shifts = ("vertical", "diagonal", "seasonal", "seasonal_rows")
@@ -120,6 +122,9 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
         return None, 0.0
     x = np.linspace(-1, 1, n)
     rest = used - np.polynomial.Polynomial.fit(x, used, 2)(x)
+    total = float(rest @ rest)
+    if total <= n * (1e-9 * np.abs(used).max()) ** 2:  # flat, but for rounding
+        return None, 0.0
     power = np.abs(np.fft.rfft(rest * np.hanning(n), n=8 * n)) ** 2
     low, high = 24, 4 * n  # cycles in 8 n steps: periods from n / 3 down to 2
     top = low + int(power[low : high + 1].argmax())
@@ -130,9 +135,16 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
     angle = 2 * np.pi * peak / (8 * n) * np.arange(n)
     basis = np.stack([np.cos(angle), np.sin(angle)], 1)
     fitted = basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]
-    total = float(rest @ rest)
-    strength = 1 - float((rest - fitted) @ (rest - fitted)) / total if total > 0 else 0.0
+    strength = 1 - float((rest - fitted) @ (rest - fitted)) / total
     return 8 * n / peak, max(strength, 0.0)
+
+
+def channel_of(tokens: float | None, theta: list[float]) -> int | None:
+    """The rotary channel whose turn takes nearest to so many tokens, None if there is none."""
+    turning = [m for m, frequency in enumerate(theta) if frequency > 0]
+    if tokens is None or not turning:
+        return None
+    return min(turning, key=lambda m: abs(math.log(period(theta[m]) / tokens)))
 
 
 def _expected(statistics: LayerStatistics, h: int) -> Figures:
@@ -144,31 +156,29 @@ def _expected(statistics: LayerStatistics, h: int) -> Figures:
     )
     vertical, diagonal, both, step, sink = (float(x) for x in sums["expected"][h])
     has_season = sums["seasonal_rows"][h] > 0
+    expected_period, strength = lag_period(*expected_lag_profile(statistics, h))
     return {
         "expected_vertical": vertical / rows,
         "expected_diagonal": diagonal / rows,
         "expected_seasonal": both / seasonal if has_season else 0.0,
         "expected_seasonal_rows": step / seasonal if has_season else 0.0,
         "expected_sink_mass": sink / rows,
-        "expected_period_strength": _expected_period_strength(statistics, h),
+        "expected_period": expected_period,
+        "expected_period_strength": strength,
     }
 
 
-def _expected_period_strength(statistics: LayerStatistics, h: int) -> float:
-    """How much of the lag profile's swing the dominant channel makes, if q and k stay the same.
+def expected_lag_profile(statistics: LayerStatistics, h: int) -> tuple[np.ndarray, np.ndarray]:
+    """(logit, number of pairs) at every distance, if q and k always were their means.
 
-    Mean queries and keys give the profile `sum_m A_m cos(phi_m + lag theta_m)`; the answer is
-    `A_m*^2` over the sum of squares of the channels that turn at least three times in the prompt.
+    `sum_m Re(conj(q^m) k^m exp(-i lag theta_m))`, up to a constant and a factor: Theorem 5.3 with
+    all channels, so that those which turn within the prompt show, whichever has the most energy.
     """
     sums, theta = statistics.sums, np.array(statistics.theta)
-    if not len(theta):
-        return 0.0
-    amplitude = np.hypot(*sums["align"][h].T)
-    lags = int((sums["lag_counts"] > 0).sum())
-    fast = theta * lags >= 6 * math.pi
-    m = int(sums["energy"][h, : len(theta)].argmax())
-    total = float((amplitude[fast] ** 2).sum())
-    return float(amplitude[m] ** 2) / total if fast[m] and total > 0 else 0.0
+    counts = sums["lag_counts"].astype(float)
+    align = sums["align"][h] @ np.array([1, 1j])
+    turns = np.exp(-1j * np.arange(len(counts))[:, None] * theta)
+    return (turns @ align).real, counts
 
 
 def _bound_figures(sums: dict[str, np.ndarray], h: int) -> Figures:

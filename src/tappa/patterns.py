@@ -89,6 +89,9 @@ def agreement(heads: pd.DataFrame) -> dict[str, Any]:
         ),
         "spearman_expected_vertical": spearman(heads, "expected_vertical", "vertical"),
         "spearman_expected_diagonal": spearman(heads, "expected_diagonal", "diagonal"),
+        "spearman_expected_period_strength": spearman(
+            heads, "expected_period_strength", "period_strength"
+        ),
         "confusion": confusion,
     }
 
@@ -112,7 +115,8 @@ def explain(figures: Mapping[str, Any]) -> str:
         "re-access": f"keeps {figures['vertical']:.0%} on the same tokens"
         + (f", {figures['sink_mass']:.0%} on the first" if figures["sink_mass"] >= 0.2 else ""),
         "sequential": f"moves along, {figures['diagonal']:.0%} one token on",
-        "periodic": f"diagonals every {figures['measured_period'] or 0:.1f} tokens",
+        "periodic": f"diagonals every {figures['measured_period'] or 0:.1f} tokens"
+        + f", as channel {figures['measured_channel']} turns",
         "seasonal": f"repeats after {figures['season']} tokens",
         "unpredictable": f"only {figures['predictability']:.0%} known from the past",
     }

@@ -79,6 +79,15 @@ class RotaryChannels:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
         return self.rotate(x, -positions)
 
+    def mean_rotation(self, start: int, count: int) -> Float[Tensor, "dim dim"]:
+        """The mean of `R_p` over the positions p from `start` to `start + count - 1`, a matrix."""
+        at = torch.arange(start, start + count, device=self.theta.device, dtype=torch.float64)
+        mean = torch.polar(torch.ones_like(at)[:, None], at[:, None] * self.theta).mean(0)
+        matrix = torch.eye(self.dim, dtype=torch.float64, device=self.theta.device)
+        matrix[self.first, self.first] = matrix[self.second, self.second] = mean.real
+        matrix[self.first, self.second], matrix[self.second, self.first] = -mean.imag, mean.imag
+        return matrix.float()
+
     def pairs(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
         """The rotated channels as complex numbers `x[first] + i x[second]`: (..., pairs)."""
         return torch.complex(x[..., self._first], x[..., self._second])

@@ -48,7 +48,7 @@ def self_similarity(x: Float[Tensor, "*batch tokens dim"]) -> Float64[Tensor, "*
     tensor(0.3333, dtype=torch.float64)
     """
     total, squares = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
-    for chunk in x.split(1024, dim=-2):  # so that the normalised copy stays small
+    for chunk in x.split(128, dim=-2):  # so that the normalised copy stays small
         unit = normalize(chunk, dim=-1)
         total = total + unit.sum(-2, dtype=torch.float64)
         squares = squares + unit.square().sum((-1, -2), dtype=torch.float64)
@@ -68,8 +68,8 @@ def _adjacent(unit: Tensor) -> tuple[Tensor, int]:
 
 
 @dataclass
-class _Stream:
-    """Unit vectors of one space, seen so far in one prompt."""
+class UnitSums:
+    """Sums of the unit vectors of one prompt so far, in one space: O(window * dim) memory."""
 
     total: Tensor | None = None
     squares: Tensor | None = None
@@ -77,7 +77,8 @@ class _Stream:
     adjacent: Tensor | float = 0.0
     tail: Tensor | None = None  # the last `window` unit vectors
 
-    def add(self, unit: Tensor, window: int) -> None:
+    def add(self, unit: Float[Tensor, "heads tokens dim"], window: int) -> None:
+        """Accumulate the next steps of the prompt, as vectors of length 1."""
         joined = unit if self.tail is None else torch.cat([self.tail, unit], dim=-2)
         new = joined[..., -unit.shape[-2] - 1 :, :]  # with the step before, if there is one
         self.adjacent = self.adjacent + _adjacent(new)[0]
@@ -89,6 +90,7 @@ class _Stream:
         self.tail = joined[..., -max(window, 1) :, :].clone()
 
     def sums(self, window: int) -> Iterator[tuple[Pairs, Extent, Tensor, int]]:
+        """For each choice of pairs and extent: sum of cosines of every head, number of pairs."""
         if self.total is None or self.squares is None or self.tail is None:
             return
         yield "all", "prompt", *_all_pairs(self.total, self.squares, self.steps)
@@ -113,8 +115,8 @@ class SelfSimilarity:
     """
 
     window: int = 32
-    _streams: dict[Space, _Stream] = field(
-        default_factory=lambda: {"pre": _Stream(), "post": _Stream()}
+    _streams: dict[Space, UnitSums] = field(
+        default_factory=lambda: {"pre": UnitSums(), "post": UnitSums()}
     )
 
     def add(

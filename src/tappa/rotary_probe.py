@@ -1,0 +1,130 @@
+"""The rotary channels of every attention layer, learnt from the model while it runs."""
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from tappa.errors import CaptureError, ModelError
+from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
+
+CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past"}
+
+
+# What a module's code does with its tables does not change: known layouts serve later probes.
+_LAYOUTS: WeakKeyDictionary[nn.Module, RotaryLayout] = WeakKeyDictionary()
+
+
+class RotaryProbe:
+    """Sees the RoPE tables that go into each attention layer, and runs it once on made-up ones.
+
+    The attention function in use must ask `probing` first, and return `answer(...)` while it holds.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = [
+            module
+            for module in model.modules()
+            if "position_embeddings" in inspect.signature(module.forward).parameters
+        ]
+        self._tables: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # cos, sin of this forward pass
+        self.latest: inspect.BoundArguments | None = None  # call of the layer that runs now
+        self._rotary = [m for m in model.modules() if _inv_freqs(m)]
+        self._probed: list[Tensor] | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Watch the model's forward passes until these are removed."""
+        see = torch.compiler.disable(self._see)  # a compiled model breaks its graph here
+        return [m.register_forward_pre_hook(see, with_kwargs=True) for m in self.modules]
+
+    @property
+    def probing(self) -> bool:
+        """Whether the call of an attention function is one of the probe's own."""
+        return self._probed is not None
+
+    def answer(self, query: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        """What the attention function returns to the probe: zeros of the right shape."""
+        assert self._probed is not None
+        self._probed.append(query)
+        shape = (*query.shape[:3], value.shape[-1])
+        return query.new_zeros(shape).transpose(1, 2), None
+
+    def channels(
+        self, module: nn.Module, row: int, tokens: slice, positions: Int[Tensor, " tokens"]
+    ) -> RotaryChannels:
+        """The channels of a layer, with frequencies as they are in this forward pass.
+
+        `positions` are those of the `tokens` of one row of the batch that the tables are for.
+        """
+        if module not in self._tables:
+            raise ModelError(
+                f"expected a model with rotary position embeddings (RoPE), but "
+                f"{type(module).__name__} of {type(self.model).__name__} gets none"
+            )
+        cos, sin = (t[row if len(t) > 1 else 0, tokens] for t in self._tables[module])
+        # read now: dynamic scaling replaces the buffers
+        buffers = [table for m in self._rotary for table in _inv_freqs(m)]
+        theta = match_frequencies(cos, sin, positions, buffers)
+        return _LAYOUTS[module].channels(theta)
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a module that takes `position_embeddings`: learn its rotary layout, once."""
+        if self.probing:
+            return
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        table = call.arguments.get("position_embeddings")
+        self._tables.pop(module, None)
+        if table is None or not hasattr(module, "layer_idx"):
+            return
+        if not (isinstance(table, tuple) and len(table) == 2 and table[0].is_floating_point()):
+            raise CaptureError(
+                f"expected RoPE tables (cos, sin), {type(module).__name__} takes another form"
+            )
+        self._tables[module] = table
+        if _is_attention(module):
+            self.latest = call
+            if module not in _LAYOUTS:
+                _LAYOUTS[module] = self._probe(module, call)
+
+    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
+        """Run the attention module alone on random vectors with made-up tables."""
+        hidden, (cos, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(1, 8, hidden.shape[-1], generator=generator).to(hidden)
+        arguments: dict[str, Any] = {}
+        for name, value in call.arguments.items():
+            keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            arguments |= value if keywords else {name: value}
+        arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
+        arguments |= {"hidden_states": noise, "attention_mask": None}
+
+        def rotate_with(cos_table: Tensor, sin_table: Tensor) -> Tensor:
+            tables = tuple(t[None].to(cos) for t in (cos_table, sin_table))
+            self._probed = []
+            module.forward(**(arguments | {"position_embeddings": tables}))
+            return self._probed[0][0]
+
+        try:
+            return probe_layout(rotate_with, cos.shape[-1])
+        finally:
+            self._probed = None
+
+
+def _inv_freqs(module: nn.Module) -> list[Tensor]:
+    """The tables of rotary frequencies of a module (several if layer types differ)."""
+    return [
+        buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and "original" not in name
+    ]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention module, and not a decoder layer around one."""
+    return hasattr(module, "scaling") or hasattr(module, "head_dim")
