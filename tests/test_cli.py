@@ -9,6 +9,7 @@ import pytest
 import tappa
 from tappa.analysis import SCHEMA
 from tappa.cli import main
+from tappa.compression import METHODS, describe_methods
 from tiny import save_tiny
 
 TEXT = "It is a truth universally acknowledged, that a man"
@@ -160,3 +161,64 @@ def test_out_below_a_file(run: Run, model: Path, text: Path, tmp_path: Path) -> 
     message = refused(run, tmp_path, model, "--text", text, "--out", text / "out")
     assert "cannot write to the folder" in message
     assert text.read_text() == TEXT
+
+
+def test_generate_prints_text_and_figures(run: Run, model: Path, text: Path) -> None:
+    options = ("--budget", 40, "--max-new-tokens", 7, "--device", "cpu")
+    code, stdout, _ = run("generate", model, "--prompt-file", text, *options)
+    assert code == 0
+    assert all(word in stdout for word in ("tappa", "seen", "held", "at peak", "prefill", "decode"))
+
+
+def test_generate_as_json(run: Run, model: Path, text: Path) -> None:
+    options = ("--method", "snapkv", "--budget", "0.9", "--max-new-tokens", 7, "--json")
+    code, stdout, _ = run("generate", model, "--prompt", text.read_text(), *options)
+    assert code == 0
+    found = json.loads(stdout)
+    assert (found["method"], found["budget"], found["prompt_tokens"]) == ("snapkv", 0.9, len(TEXT))
+    assert found["tokens_seen"] == len(TEXT) + found["new_tokens"] - 1
+    assert 0 < found["nbytes"] <= found["peak_nbytes"]
+    assert found["text"]
+
+
+def test_generate_with_budgets_of_an_analysis(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    run("analyze", model, "--text", text, "--out", tmp_path / "out")
+    file = tmp_path / "out" / "analysis.json"
+    options = ("--budget", 40, "--max-new-tokens", 2, "--json", "--analysis", file)
+    code, stdout, _ = run("generate", model, "--prompt-file", text, *options)
+    assert code == 0
+    assert json.loads(stdout)["new_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--method", "snapk"), "did you mean 'snapkv'?"),
+        (("--budget", "12"), "at least 32 tokens"),
+        (("--budget", "1.5"), "at most 1.0"),
+        (("--budget", "nan"), "above 0"),
+        (("--budget", "lots"), "a budget such as 512 (tokens) or 0.1 (a share), got 'lots'"),
+        (("--prompt-file", "/nowhere/x.txt"), "cannot read the text file /nowhere/x.txt"),
+        (("--prompt", "a", "--prompt-file", "b"), "expected --prompt or --prompt-file, got both"),
+        (("--prompt", ""), "at least 1 token"),
+        (("--max-new-tokens", "500", "--prompt", "a" * 20), "context of 512 tokens"),
+        (("--analysis", "/nowhere/a.json"), "cannot read the Analysis /nowhere/a.json"),
+        (("--chat",), "chat template"),
+    ],
+)
+def test_what_generate_refuses(run: Run, model: Path, options: tuple[str, ...], says: str) -> None:
+    code, stdout, stderr = run("generate", model, *options)
+    assert (code, stdout) == (2, "")
+    assert says in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+def test_methods(run: Run) -> None:
+    code, stdout, _ = run("methods")
+    assert code == 0
+    for name in METHODS:
+        assert name in stdout
+    assert json.loads(run("methods", "--json")[1]) == describe_methods()

@@ -1,9 +1,19 @@
 """tappa: why attention heads do what they do, and what that is good for."""
 
 from tappa.analysis import Analysis, analyze
+from tappa.compression import compress_context, compressed, record
 from tappa.errors import TappaError
 from tappa.layer_statistics import Settings
 from tappa.models import load
 
 __version__ = "0.1.0"
-__all__ = ["Analysis", "Settings", "TappaError", "analyze", "load"]
+__all__ = [
+    "Analysis",
+    "Settings",
+    "TappaError",
+    "analyze",
+    "compress_context",
+    "compressed",
+    "load",
+    "record",
+]

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tappa.analysis import Analysis
+from tappa.compression import Written
 from tappa.patterns import LABELS, explain
 
 LETTERS = dict(zip(LABELS, "RSPL·", strict=True))
@@ -91,3 +92,42 @@ def _agreement(summary: dict[str, Any]) -> Text:
 
 def _two(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
+
+
+def render_written(written: Written, method: str) -> RenderableType:
+    """Tokens, memory and time of a continuation."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    share = written.nbytes / max(written.full_nbytes, 1)
+    rate = (written.new_tokens - 1) / written.decode_seconds if written.new_tokens > 1 else 0
+    table.add_row("method", method)
+    table.add_row(
+        "tokens",
+        f"{written.tokens_seen:,} seen, {written.tokens_held:,.0f} held per layer and head",
+    )
+    table.add_row(
+        "KV cache",
+        f"{_megabytes(written.nbytes)} held ({share:.0%} of {_megabytes(written.full_nbytes)} for "
+        f"all tokens), {_megabytes(written.peak_nbytes)} at peak",
+    )
+    table.add_row(
+        "time",
+        f"prefill {written.prefill_seconds:.2f} s ({written.prompt_tokens:,} tokens), "
+        f"decode {written.decode_seconds:.2f} s ({written.new_tokens:,} tokens, {rate:.1f} per s)",
+    )
+    return Group(Text("\n"), table)
+
+
+def render_methods(described: dict[str, str]) -> RenderableType:
+    """Name and line of each method."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", style="bold", no_wrap=True)
+    table.add_column("what it keeps (source)")
+    for name, line in described.items():
+        table.add_row(name, Text(line))
+    return table
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -40,6 +40,11 @@ def packaged_text() -> str:
     return source.read_text(encoding="utf-8")
 
 
+def packaged_prompt(characters: int = 9000) -> str:
+    """The beginning of the packaged text, about 2000 tokens, cut between paragraphs."""
+    return packaged_text()[:characters].rpartition("\n\n")[0]
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],

@@ -1,0 +1,30 @@
+"""KV cache compression: scorer x budget x cache."""
+
+from tappa.compression.cache import CompressedCache
+from tappa.compression.generation import (
+    CompressedContext,
+    Recording,
+    check_method,
+    compress_context,
+    compressed,
+    parse_budget,
+    record,
+)
+from tappa.compression.methods import METHODS, Method, describe_methods
+from tappa.compression.writing import Written, write_on
+
+__all__ = [
+    "METHODS",
+    "CompressedCache",
+    "CompressedContext",
+    "Method",
+    "Recording",
+    "Written",
+    "check_method",
+    "compress_context",
+    "compressed",
+    "describe_methods",
+    "parse_budget",
+    "record",
+    "write_on",
+]

@@ -1,0 +1,671 @@
+"""A transformers Cache that really drops tokens, and remembers their true positions.
+
+Layers hold ragged keys and values (storage). After each layer's attention the cache sees its
+queries, scores the tokens and divides the whole budget among the layers seen so far: at any moment
+the budget and one layer's full keys and values are held, at most.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from tappa.attention_profile import Attention
+from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.methods import Method
+from tappa.compression.observation import Observation
+from tappa.compression.scorers import TokenView, received_by
+from tappa.compression.selection import head_ranks, pooled_ranks
+from tappa.compression.storage import RaggedKV
+from tappa.errors import CompressionError
+from tappa.interface import Attend, AttentionSwitch, attention_of
+from tappa.rope import RotaryChannels
+from tappa.rotary_probe import RotaryProbe
+
+Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
+Recorder = Callable[[Tensor, RotaryChannels], None]
+KERNELS = ("sdpa", "eager", "flash_attention_2")
+
+
+class CompressedLayer(CacheLayerMixin):
+    """The cache of one layer with full attention."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, index: int, method: Method) -> None:
+        super().__init__()
+        self.index, self.method = index, method
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held: RaggedKV | None = None
+        self.seen = 0
+        self.dropped_at = 0  # tokens seen when some were last dropped
+        self.complete = True  # nothing dropped so far
+        self.observations: list[Observation] = []
+        self.ranked: set[int] = set()  # rows whose tokens have ranks
+        self.preferences: list[list[float]] = []  # of each row and KV head
+        self.attention: Attention | None = None
+        self.module: nn.Module | None = None
+        self.positions: Tensor = torch.empty(0)  # of the padded keys returned last
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first update brings shapes and types."""
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all that are held, padded where heads differ in length."""
+        new = key_states.shape[2]
+        positions = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        if self.held is None:
+            self.held = RaggedKV.of(key_states, value_states, positions)
+            self.is_initialized = True
+        else:
+            self.held.append(key_states, value_states, positions)
+        self.seen += new
+        keys, values, self.positions = self.held.padded()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, so that the next one gets its true position."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Masks are made for all tokens seen; `mask_for` picks those that are held."""
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.seen + new, 0
+
+    def get_max_length(self) -> int:
+        """No limit to the tokens seen."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return self.held.nbytes if self.held is not None else 0
+
+    def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """The model's mask over all tokens, brought to the tokens held; True or 0 is visible.
+
+        It differs from head to head, since heads hold different tokens.
+        """
+        held = self.storage()
+        new = query.shape[2]
+        if self.complete or (mask is None and new == 1 and held.uniform):
+            return mask
+        there = self.positions >= 0
+        at = self.positions.clamp_min(0).long()[:, :, None]
+        if mask is None:
+            now = torch.arange(self.seen - new, self.seen, device=query.device)[:, None]
+            mask = (at <= now) & there[:, :, None]
+        else:
+            rows, kv_heads, _, longest = at.shape
+            if mask.shape[1] != 1:
+                raise CompressionError("expected one mask for all heads, the model makes several")
+            full = mask.expand(rows, kv_heads, *mask.shape[2:])
+            mask = full.gather(3, at.expand(rows, kv_heads, new, longest))
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~there[:, :, None], hidden)
+        return mask.repeat_interleave(query.shape[1] // held.kv_heads, 1)
+
+    def view(self, row: int) -> TokenView:
+        """What a scorer sees of one row."""
+        held, seen = self.storage(), self.observations[row]
+        keys, values, positions = (x[0] for x in held.padded(row))
+        assert self.attention is not None
+        return TokenView(
+            *(keys, values, positions, seen.end, self.attention),
+            *(seen.window, seen.window_positions, seen.rotary),
+            received=held.figure("received", row) if "received" in held.figures else None,
+            moments=seen.moments,
+            first=seen.first,
+            module=self.module,
+        )
+
+    def rank(self, row: int, tokens: TokenView) -> None:
+        """Rank the tokens of a row, for the cuts of this forward pass."""
+        seen, method = self.observations[row], self.method
+        late = tokens.positions >= seen.end - method.window
+        protected = late | (tokens.positions < seen.first + method.sinks)
+        scores = method.scorer.score(tokens)
+        if method.sharing == "pooled":
+            ranks = pooled_ranks(scores, protected, tokens.present, method.floor)
+        else:
+            ranks = head_ranks(scores, protected, tokens.present)
+        self.storage().set_figure("rank", row, ranks)
+        self.ranked.add(row)
+
+    def cut(self, row: int, counts: list[int]) -> None:
+        """Drop tokens of a row until each KV head (or all together) holds its count."""
+        if row not in self.ranked:
+            self.rank(row, self.view(row))
+        self.storage().keep_ranked(row, counts)
+        self.complete = False
+        self.dropped_at = self.seen
+
+    def drop_padding(self, valid: Bool[Tensor, "rows new"]) -> None:
+        """Drop the newest tokens where they are padding."""
+        held, new = self.storage(), valid.shape[1]
+        for row in range(len(valid)):
+            if not bool(valid[row].all()):
+                positions = held.padded(row)[2][0]
+                late = (positions - (self.seen - new)).clamp_min(0).long()
+                held.keep(row, (positions < self.seen - new) | valid[row][late])
+                self.complete = False
+                self.dropped_at = self.seen
+
+    def forget_ranks(self) -> None:
+        """Ranks are good for one pass only."""
+        self.ranked.clear()
+        if self.held is not None:
+            self.held.figures.pop("rank", None)
+
+    def select_rows(self, index: list[int]) -> None:
+        """Take these rows of the batch, in this order."""
+        if self.held is not None:
+            self.held.select_rows(index)
+            self.observations = [_copy(self.observations[row]) for row in index]
+            if self.preferences:
+                self.preferences = [list(self.preferences[row]) for row in index]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.select_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take rows of the batch, by index or by a mask."""
+        where = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.select_rows(where.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.held is not None:
+            self.select_rows([row for row in range(self.held.rows) for _ in range(repeats)])
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `-tokens` tokens; a positive number is the length to keep."""
+        length = tokens if tokens > 0 else self.seen + tokens
+        if self.held is None or length >= self.seen:
+            return
+        if length < self.dropped_at:
+            raise CompressionError(
+                f"cannot crop to {length} tokens: some were dropped when {self.dropped_at} were "
+                "seen, which cannot be undone"
+            )
+        if "received" in self.held.figures:
+            raise CompressionError(f"{self.method.name} adds up attention, which crop cannot undo")
+        self.held.drop_from(length)
+        self.seen = length
+        for observation in self.observations:
+            observation.forget_from(length)
+
+    def copy(self, keep_ranks: bool = False) -> "CompressedLayer":
+        """An independent copy; without `keep_ranks` its tokens are to be ranked anew."""
+        twin = CompressedLayer(self.index, self.method)
+        twin.__dict__.update(self.__dict__)
+        twin.held = self.held.copy() if self.held is not None else None
+        twin.observations = [_copy(o) for o in self.observations]
+        twin.preferences = [list(p) for p in self.preferences]
+        twin.ranked = set(self.ranked) if keep_ranks else set()
+        return twin
+
+    def storage(self) -> RaggedKV:
+        """The tokens held."""
+        assert self.held is not None, "the layer has seen no token yet"
+        return self.held
+
+
+def _copy(observation: Observation) -> Observation:
+    """Tensors are never written in place, so that a copy of the references will do."""
+    twin = Observation(**observation.__dict__)
+    twin.units = type(twin.units)(**observation.units.__dict__)
+    return twin
+
+
+class CompressedCache(DynamicCache):
+    """The KV cache of a model, held to a budget. Made by `tappa.compressed`.
+
+    Use it as a context manager, in which every new prompt starts with an empty cache, or hand it
+    to the model as `past_key_values`. `budget` is in tokens per layer and KV head on average, or a
+    share of the prompt. While the model runs on this cache, and only then, its attention kernel is
+    wrapped; everything is put back after each forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        budget: int | float | None,
+        every: int = 8,
+        preferences: list[list[float]] | None = None,
+    ) -> None:
+        if not getattr(model, "_supports_attention_backend", False):
+            raise CompressionError(
+                f"{type(model).__name__} does not use transformers' attention interface: "
+                "its cache cannot be compressed"
+            )
+        super().__init__(config=model.config)
+        self.model, self.method, self.budget, self.every = model, method, budget, every
+        self.fixed = preferences  # of each compressed layer and KV head, from an Analysis
+        self.frozen = False  # nothing is dropped any more
+        self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
+        self._known_rotary: RotaryChannels | None = None
+        self.peak_nbytes = 0
+        kinds = {type(layer) for layer in self.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        if kinds:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise CompressionError(
+                f"expected layers with full or sliding-window attention, {type(model).__name__} "
+                f"has {names}"
+            )
+        full = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise CompressionError(
+                f"all layers of {type(model).__name__} use a sliding window: nothing to compress"
+            )
+        for index, layer in enumerate(full):
+            self.layers[layer] = CompressedLayer(index, method)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Watch the model's forward passes for as long as this cache lives."""
+        self._switch = AttentionSwitch(self.model, _late(self._attend))
+        self._probe = RotaryProbe(self.model)
+        self._hooks: list[RemovableHandle] = []
+        self._valid: Tensor | None = None  # of the new tokens: no padding
+        self._position_ids: Tensor = torch.empty(0)
+        self._injecting = False
+        self._failed = self._running = False
+        before, after = _late(self._before), _late(self._after)
+        handles: tuple[RemovableHandle, ...] = (
+            self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+        )
+        weakref.finalize(self, _remove, handles)
+
+    # ---- what users call
+
+    def __enter__(self) -> "CompressedCache":
+        self._injecting = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._injecting = False
+
+    def reset(self) -> None:
+        """Forget everything, ready for another prompt."""
+        super().reset()
+        self.peak_nbytes = 0
+        self.frozen = self._failed = False
+
+    @property
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The layers that are compressed: all but those with a sliding window."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values held, sliding-window layers included."""
+        other = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        tensors = [x for layer in other for x in (layer.keys, layer.values) if x is not None]
+        return sum(layer.nbytes for layer in self.compressed_layers) + sum(
+            x.numel() * x.element_size() for x in tensors
+        )
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that keys and values would take if nothing was dropped, of rows without padding."""
+        layers = [layer for layer in self.compressed_layers if layer.held is not None]
+        dropped = sum(
+            layer.seen * len(layer.storage().lengths) * layer.storage().token_nbytes - layer.nbytes
+            for layer in layers
+        )
+        return self.nbytes + dropped
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that went through the model, padding included: the next token's position."""
+        return self.compressed_layers[0].seen
+
+    def tokens_held(self, layer: int | None = None, head: int | None = None, row: int = 0) -> float:
+        """Tokens that one KV head of one layer holds; means over heads and layers if left out."""
+        layers = self.compressed_layers if layer is None else [self._compressed(layer)]
+        counts = [one.held.row_lengths(row) for one in layers if one.held is not None]
+        chosen = [c for part in counts for c in (part if head is None else [part[head]])]
+        return sum(chosen) / len(chosen) if chosen else 0.0
+
+    def positions_held(self, layer: int, head: int, row: int = 0) -> list[int]:
+        """Positions of the tokens that one KV head of one layer holds, oldest first."""
+        held = self._compressed(layer).held
+        return [] if held is None else [p for p in held.padded(row)[2][0, head].tolist() if p >= 0]
+
+    def copy(self, keep_ranks: bool = False) -> "CompressedCache":
+        """An independent copy, to be used as `past_key_values` of the same model."""
+        twin = CompressedCache(self.model, self.method, self.budget, self.every, self.fixed)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                twin.layers[index] = layer.copy(keep_ranks)
+            else:
+                twin.layers[index].__dict__.update(layer.__dict__)
+        twin.frozen, twin.peak_nbytes = self.frozen, self.nbytes
+        return twin
+
+    def _compressed(self, layer: int) -> CompressedLayer:
+        found = self.layers[layer]
+        if not isinstance(found, CompressedLayer):
+            raise CompressionError(f"layer {layer} has a sliding window and is not compressed")
+        return found
+
+    # ---- around a forward pass
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        given = kwargs.get("past_key_values")
+        if self._injecting and not isinstance(given, CompressedCache):
+            if kwargs.get("use_cache") is False:
+                return None
+            if given is None or given.get_seq_length() == 0:
+                self.reset()
+                given = kwargs["past_key_values"] = self
+        if given is not self:
+            return None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if ids is None:
+            raise CompressionError("expected input_ids or inputs_embeds")
+        self._check(ids, kwargs.get("attention_mask"))
+        new, seen = ids.shape[1], self.tokens_seen
+        given_ids = kwargs.get("position_ids")
+        arange = torch.arange(seen, seen + new, device=ids.device)[None]
+        self._position_ids = arange if given_ids is None else given_ids
+        if self._evicting and seen and new < self._prompt_like:
+            self._make_room(new)
+        self._switch.on()
+        self._running = True
+        reading = self._evicting and (new >= self._prompt_like or not seen)
+        if reading or self.recorder is not None:
+            self._hooks = self._probe.hooks()
+        return args, kwargs
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if not self._running:
+            return
+        self._running = False
+        self._switch.off()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._probe.latest = [], None
+        self._failed = output is None
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        for layer in self.compressed_layers:
+            layer.forget_ranks()
+
+    def _check(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Refuse what would give wrong results, before anything runs."""
+        new, seen = ids.shape[1], self.tokens_seen
+        if self._failed:
+            raise CompressionError("the last forward pass on this cache failed: call reset() first")
+        implementation = self._switch.config._attn_implementation
+        if implementation not in KERNELS:
+            raise CompressionError(
+                f"expected attention by {', '.join(KERNELS)}, the model uses {implementation!r}"
+            )
+        held = self.compressed_layers[0].held
+        if held is not None and held.rows != len(ids):
+            raise CompressionError(
+                f"the cache holds {held.rows} row(s), {len(ids)} came: call reset() before "
+                "another prompt"
+            )
+        shape = None if mask is None else tuple(mask.shape)
+        if new == 0 or (shape is not None and shape != (len(ids), seen + new)):
+            raise CompressionError(
+                f"the cache has seen {seen} tokens and {new} came, with an attention mask of shape "
+                f"{shape}: call reset() before another prompt"
+            )
+        self._valid = None if mask is None else mask[:, -new:].bool()
+        if self._valid is not None and not seen and not bool(self._valid.any(1).all()):
+            raise CompressionError("expected at least one token in every row, one is all padding")
+
+    @property
+    def _evicting(self) -> bool:
+        return self.method.rule is not None and not self.frozen
+
+    @property
+    def _prompt_like(self) -> int:
+        """As many new tokens at once are taken for a piece of the prompt, and compressed."""
+        return max(self.method.window, 2)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """In place of the model's attention kernel: call it on the tokens held, then compress."""
+        if self._probe.probing:
+            return self._probe.answer(query, value)
+        kernel = self._switch.own_kernel(module)
+        layer = self.layers[cast(int, module.layer_idx)]
+        if not isinstance(layer, CompressedLayer):
+            return kernel(module, query, key, value, attention_mask, **kwargs)
+        if self._switch.wrapped.startswith("flash") and not layer.complete:
+            done = by_segment(kernel, layer.storage(), module, query, kwargs)
+            output: tuple[Tensor, Tensor | None] = (done, None)
+        else:
+            mask = layer.mask_for(attention_mask, query)
+            output = kernel(module, query, key, value, mask, **kwargs)
+        layer.attention, layer.module = attention_of(module, query, kwargs), module
+        if self.recorder is not None:
+            positions = torch.arange(layer.seen - query.shape[2], layer.seen, device=query.device)
+            self.recorder(query, self._channels(layer, 0, positions))
+        if self._evicting:
+            self.observe(layer, query)
+        elif self._valid is not None:
+            layer.drop_padding(self._valid)
+        return output
+
+    # ---- compression
+
+    def start_from(self, full: "CompressedCache", recorded: list[Recorded]) -> None:
+        """Take over a prompt that a full cache has read, and compress it in one go."""
+        for number, (mine, theirs) in enumerate(zip(self.layers, full.layers, strict=True)):
+            if not isinstance(mine, CompressedLayer):
+                self.layers[number] = copy.copy(theirs)
+        layers = self.compressed_layers
+        self._valid = None
+        for mine, theirs, (query, rotary) in zip(
+            layers, full.compressed_layers, recorded, strict=True
+        ):
+            mine.held, mine.seen = theirs.storage().copy(), theirs.seen
+            mine.attention, mine.module, mine.is_initialized = theirs.attention, theirs.module, True
+            self._known_rotary = rotary
+            if self._evicting:
+                self.observe(mine, query, cascade=False)
+        self._known_rotary = None
+        self.peak_nbytes = full.nbytes
+
+    def balance(self) -> None:
+        """Cut all layers to the budget."""
+        for row in range(len(self.compressed_layers[0].observations)):
+            self._balance(row, self._total(row))
+
+    def observe(self, layer: CompressedLayer, query: Tensor, cascade: bool = True) -> None:
+        """Remember what the method needs of the new queries; compress after a piece of prompt.
+
+        Without `cascade` nothing is dropped yet.
+        """
+        new, valid = query.shape[2], self._valid
+        start = layer.seen - new
+        prompt = start == 0 or new >= self._prompt_like
+        if prompt:
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        if valid is not None:
+            layer.drop_padding(valid)
+        for row in range(len(query)):
+            real = torch.arange(new, device=query.device)
+            if valid is not None:
+                real = valid[row].nonzero()[:, 0]
+            if len(real):
+                self._observe_row(layer, row, query[row][:, real], start + real, prompt)
+        if prompt:
+            self._compress(layer)
+            if cascade:
+                self.balance()
+
+    def _observe_row(
+        self,
+        layer: CompressedLayer,
+        row: int,
+        queries: Float[Tensor, "heads new dim"],
+        positions: Int[Tensor, " new"],
+        prompt: bool,
+    ) -> None:
+        method, rule, held = self.method, self.method.rule, layer.storage()
+        assert rule is not None
+        if len(layer.observations) <= row:
+            layer.observations.append(Observation.empty(queries, int(positions[0])))
+        seen = layer.observations[row]
+        seen.see(queries, positions, method.window)
+        if prompt:
+            if "moments" in method.scorer.needs or "similarity" in rule.needs:
+                seen.rotary = self._channels(layer, row, positions)
+            seen.learn(queries, positions, method.scorer, rule)
+        if "received" in method.scorer.needs:
+            if "received" not in held.figures:
+                held.figures["received"] = torch.zeros(len(held.keys), device=queries.device)
+            more = received_by(layer.view(row), queries, positions)
+            held.set_figure("received", row, held.figure("received", row) + more)
+
+    def _channels(
+        self, layer: CompressedLayer, row: int, positions: Int[Tensor, " new"]
+    ) -> RotaryChannels:
+        """RoPE of a layer, from the tables of this forward pass."""
+        if self._known_rotary is not None:
+            return self._known_rotary
+        assert layer.module is not None
+        at = positions - (layer.seen - self._position_ids.shape[1])
+        tokens = slice(int(at[0]), int(at[-1]) + 1)
+        ids = self._position_ids[row if len(self._position_ids) > 1 else 0, tokens]
+        return self._probe.channels(layer.module, row, tokens, ids).to(positions.device)
+
+    def _compress(self, layer: CompressedLayer) -> None:
+        """Rank the tokens of a layer and set its preference."""
+        rule, layers = self.method.rule, self.compressed_layers
+        assert rule is not None
+        held = layer.storage()
+        blank = Evidence(layer.index, len(layers), held.kv_heads)
+        preferences = []
+        for row, seen in enumerate(layer.observations):
+            tokens = replace(layer.view(row), call=self._probe.latest)
+            layer.rank(row, tokens)
+            if self.fixed is not None:
+                preferences.append(self.fixed[layer.index])
+            else:
+                preferences.append(rule.prefer(seen.evidence(blank, rule, tokens)))
+        layer.preferences = preferences
+
+    def _total(self, row: int) -> int:
+        """Tokens that all heads of all layers may hold together."""
+        assert self.budget is not None
+        first = self.compressed_layers[0]
+        heads = first.storage().kv_heads * len(self.compressed_layers)
+        if isinstance(self.budget, int):
+            return self.budget * heads
+        each = self.budget * first.observations[row].prompt_tokens
+        return max(int(each * heads), self.method.least * heads)
+
+    def _make_room(self, new: int) -> None:
+        """Before new tokens come, drop as many that the budget holds with them, in one go for
+        `every` tokens.
+        """
+        heads = sum(layer.storage().kv_heads for layer in self.compressed_layers)
+        for row in range(self.compressed_layers[0].storage().rows):
+            counts = [layer.storage().row_lengths(row) for layer in self.compressed_layers]
+            held = sum(sum(count) for count in counts)
+            total = self._total(row)
+            if held + new * heads > total:
+                room = total - max(new, self.every) * heads
+                self._balance(row, max(room, self.method.least * heads))
+        for layer in self.compressed_layers:
+            layer.forget_ranks()
+
+    def _balance(self, row: int, total: int) -> None:
+        """Divide a total among the layers seen so far, and cut those that hold more."""
+        rule, pooled = self.method.rule, self.method.sharing == "pooled"
+        assert rule is not None
+        layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
+        held = [layer.storage().row_lengths(row) for layer in layers]
+        if sum(sum(counts) for counts in held) <= total:
+            return
+        kv_heads = len(held[0])
+        if pooled:  # a layer is one account
+            capacity = [sum(counts) for counts in held]
+            preference = [sum(layer.preferences[row]) for layer in layers]
+        else:
+            capacity = [count for counts in held for count in counts]
+            preference = [p for layer in layers for p in layer.preferences[row]]
+        average = total / (kv_heads * len(self.compressed_layers))
+        least = max(self.method.least, int(self.method.layer_floor * average))
+        least *= kv_heads if pooled else 1
+        tokens = allocate(rule, preference, total, least, capacity).tolist()
+        size = 1 if pooled else kv_heads
+        for i, layer in enumerate(layers):
+            counts = tokens[i * size : (i + 1) * size]
+            if sum(counts) < sum(held[i]):
+                layer.cut(row, counts)
+
+
+def by_segment(
+    kernel: Attend, held: RaggedKV, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
+) -> Float[Tensor, "rows new heads value_dim"]:
+    """Attention of every row and KV head by itself, without masks: for kernels that take none.
+
+    The new tokens are the last ones held and the kernel is causal from the end.
+    """
+    rows, heads, new, _ = query.shape
+    group = heads // held.kv_heads
+    keys, values = held.keys.split(held.lengths), held.values.split(held.lengths)
+    out = query.new_empty(rows, new, heads, held.values.shape[-1])
+    for segment, (key, value) in enumerate(zip(keys, values, strict=True)):
+        row, at = segment // held.kv_heads, segment % held.kv_heads * group
+        part = query[row : row + 1, at : at + group]
+        done = kernel(module, part, key[None, None], value[None, None], None, **kwargs)[0]
+        out[row, :, at : at + group] = done[0]
+    return out
+
+
+def _remove(handles: tuple[RemovableHandle, ...]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _late(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a bound method for as long as its object lives, without keeping it alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = reference()
+        return found(*args, **kwargs) if found is not None else None
+
+    return torch.compiler.disable(call)  # a compiled model breaks its graph here

@@ -1,0 +1,232 @@
+"""What users call: `compressed`, and `compress_context` for many questions on one text."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tappa.analysis import Analysis, describe
+from tappa.compression.budgets import Evidence, Rule
+from tappa.compression.cache import CompressedCache, Recorded
+from tappa.compression.methods import Method, method_named
+from tappa.errors import CompressionError
+
+
+def compressed(
+    model: PreTrainedModel,
+    method: str | Method = "tappa",
+    budget: int | float | None = None,
+    *,
+    analysis: Analysis | str | Path | None = None,
+    every: int = 8,
+    **options: Any,
+) -> CompressedCache:
+    """A KV cache that is held to a budget while the model reads and writes.
+
+        with tappa.compressed(model, method="tappa", budget=512):
+            model.generate(**inputs, max_new_tokens=200)
+
+        cache = tappa.compressed(model, "snapkv", 0.1)
+        model.generate(**inputs, past_key_values=cache)
+
+    `budget` is the number of tokens that each layer and KV head holds on average, or, as a float up
+    to 1, a share of the prompt. `method` is a name of `tappa methods`, two of them as "a+b" (scores
+    of a, budgets of b), or a `Method`; `options` are those of the method. With `analysis`, budgets
+    come from a saved Analysis of this model and not from the prompt. While generating, tokens are
+    dropped `every` so many steps.
+
+    Raises CompressionError for what cannot work, before the model runs.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise CompressionError(f"expected every >= 1 step, got {every!r}")
+    chosen, checked = check_method(method, budget, **options)
+    saved = Analysis.load(analysis) if isinstance(analysis, str | Path) else analysis
+    preferences = None
+    if saved is not None:
+        if chosen.rule is None:
+            raise CompressionError(f"{chosen.name} has no budgets to take from an Analysis")
+        preferences = _preferences(model, saved, chosen.rule, chosen.name)
+    return CompressedCache(model, chosen, checked, every, preferences)
+
+
+def check_method(
+    method: str | Method, budget: int | float | None, **options: Any
+) -> tuple[Method, int | float | None]:
+    """The method and its budget, before any model is loaded. Raises CompressionError."""
+    chosen = method_named(method, **options)
+    return chosen, None if chosen.rule is None else _checked(budget, chosen)
+
+
+def parse_budget(text: str) -> int | float:
+    """A budget out of text: `512` is tokens, `0.1` a share. Raises CompressionError."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise CompressionError(f"expected a budget such as 512 (tokens) or 0.1 (a share), got {text!r}")
+
+
+class CompressedContext:
+    """A text in a compressed cache, to be asked many questions: each on a copy of its own.
+
+    context = tappa.compress_context(model, ids, "expected_attention", 512)
+    model.generate(torch.cat([ids, question], 1), past_key_values=context.cache())
+    """
+
+    def __init__(self, cache: CompressedCache) -> None:
+        self._cache = cache
+
+    def cache(self) -> CompressedCache:
+        """A copy of the context's cache; nothing more is dropped from it."""
+        return self._cache.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return self._cache.nbytes
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes that were held while the text was read."""
+        return self._cache.peak_nbytes
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the text."""
+        return self._cache.tokens_seen
+
+
+def compress_context(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "rows tokens"],
+    method: str | Method = "tappa",
+    budget: int | float | None = None,
+    *,
+    attention_mask: Int[Tensor, "rows tokens"] | None = None,
+    chunk: int | None = None,
+    **options: Any,
+) -> CompressedContext:
+    """Read a text once, without knowing the questions, and keep it compressed.
+
+    With `chunk`, it is read in pieces of that many tokens. Other arguments as in `compressed`.
+    """
+    cache = compressed(model, method, budget, **options)
+    device = next(model.parameters()).device
+    size = chunk or input_ids.shape[1]
+    with torch.inference_mode():
+        for end in range(size, input_ids.shape[1] + size, size):
+            piece = input_ids[:, end - size : end].to(device)
+            mask = None if attention_mask is None else attention_mask[:, :end].to(device)
+            model(piece, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    cache.frozen = True
+    return CompressedContext(cache)
+
+
+class Recording:
+    """A prompt that was read once, as the start of many caches: for comparing methods and budgets.
+
+        recording = tappa.record(model, ids)
+        for cache in recording.compress("snapkv", [128, 256, 512]):
+            model(next_ids, past_key_values=cache)
+
+    Holds the queries, keys and values of all layers. What a cache keeps is what `compressed` keeps
+    when it reads the prompt in one piece.
+    """
+
+    def __init__(self, full: CompressedCache, queries: list[Recorded]) -> None:
+        self._full, self._queries = full, queries
+
+    def compress(
+        self,
+        method: str | Method,
+        budgets: Sequence[int | float | None],
+        **options: Any,
+    ) -> list[CompressedCache]:
+        """A cache for each budget. Tokens are scored once. Arguments as in `compressed`."""
+        model, made = self._full.model, list[CompressedCache]()
+        caches = [compressed(model, method, budget, **options) for budget in budgets]
+        for cache in caches:
+            if not made:
+                cache.start_from(self._full, self._queries)
+                made.append(cache)
+            else:
+                twin = made[0].copy(keep_ranks=True)
+                twin.budget = cache.budget
+                made.append(twin)
+        for cache in made:
+            cache.balance()
+            for layer in cache.compressed_layers:
+                layer.forget_ranks()
+        return made
+
+
+def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
+    """Read a prompt (or several of the same length) once, for `Recording.compress`."""
+    full = compressed(model, "full")
+    queries: list[Recorded] = []
+    full.recorder = lambda query, rotary: queries.append((query, rotary))
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        model(input_ids.to(device), past_key_values=full, logits_to_keep=1)
+    full.recorder = None
+    return Recording(full, queries)
+
+
+def _checked(budget: int | float | None, method: Method) -> int | float:
+    """The budget as an int of tokens or a float share, if it can work."""
+    kind = "tokens (an int) or a share of the prompt (a float up to 1.0)"
+    if budget is None or isinstance(budget, bool):
+        raise CompressionError(f"expected a budget in {kind}, got {budget!r}")
+    try:
+        value = float(budget)
+    except (TypeError, ValueError):
+        raise CompressionError(f"expected a budget in {kind}, got {budget!r}") from None
+    if not math.isfinite(value) or value <= 0:
+        raise CompressionError(f"expected a budget above 0, in {kind}, got {budget!r}")
+    if not hasattr(budget, "__index__"):
+        if value > 1:
+            raise CompressionError(f"expected a share of at most 1.0, got {value}; {kind}")
+        return value
+    if value < method.least:
+        raise CompressionError(
+            f"expected a budget of at least {method.least} tokens, which {method.name} always "
+            f"keeps (window {method.window}, sinks {method.sinks}), got {int(value)}"
+        )
+    return int(value)
+
+
+def _preferences(
+    model: PreTrainedModel, analysis: Analysis, rule: Rule, name: str
+) -> list[list[float]]:
+    """The preference of every compressed layer and KV head, by figures of an Analysis."""
+    theirs, ours = analysis.model, describe(model)
+    for key in ("class", "layers", "heads", "kv_heads"):
+        if theirs[key] != ours[key]:
+            raise CompressionError(
+                f"the Analysis is of another model: {key} is {theirs[key]} there and {ours[key]} "
+                f"here ({theirs['name']} and {ours['name']})"
+            )
+    rule = rule.calibrated or rule
+    if "window" in rule.needs:
+        raise CompressionError(
+            f"{name} takes its budgets from the attention of the prompt, not from an Analysis"
+        )
+    frame = analysis.to_frame()
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    numbers = [n for n in range(ours["layers"]) if types is None or types[n] == "full_attention"]
+    out = []
+    for index, number in enumerate(numbers):
+        groups = frame[frame["layer"] == number].groupby("kv_head")
+        similarity = groups[f"q_similarity_{rule.variant}"].mean()
+        known = {
+            "similarity": torch.tensor(similarity.to_numpy(float)),
+            "predictability": torch.tensor(groups["predictability"].min().to_numpy(float)),
+        }
+        out.append(rule.prefer(Evidence(index, len(numbers), len(similarity), **known)))
+    return out

@@ -1,0 +1,221 @@
+"""Keys and values of one layer, with as many tokens for each row and KV head as it still holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+
+@dataclass
+class RaggedKV:
+    """Tokens of S = rows * kv_heads segments, one after the other, oldest first in each.
+
+    There is no padding: a token that is dropped frees its bytes. `figures` holds one number for
+    every token, `position` among them; they are dropped together with the token.
+    """
+
+    keys: Float[Tensor, "tokens dim"]
+    values: Float[Tensor, "tokens value_dim"]
+    lengths: list[int]  # tokens of each segment
+    kv_heads: int
+    figures: dict[str, Shaped[Tensor, " tokens"]]
+
+    @classmethod
+    def of(
+        cls,
+        keys: Float[Tensor, "rows kv_heads new dim"],
+        values: Float[Tensor, "rows kv_heads new value_dim"],
+        positions: Int[Tensor, " new"],
+    ) -> "RaggedKV":
+        """Start with the same positions in every row and KV head."""
+        rows, kv_heads, new, _ = keys.shape
+        position = positions.to(torch.int32).repeat(rows * kv_heads)
+        flat_keys, flat_values = (x.reshape(-1, x.shape[-1]) for x in (keys, values))
+        lengths = [new] * (rows * kv_heads)
+        return cls(flat_keys, flat_values, lengths, kv_heads, {"position": position})
+
+    @property
+    def rows(self) -> int:
+        """Prompts of the batch."""
+        return len(self.lengths) // self.kv_heads
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all segments hold the same number of tokens, so that no padding is needed."""
+        return min(self.lengths) == max(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token of one KV head."""
+        return sum(x.shape[1] * x.element_size() for x in (self.keys, self.values))
+
+    def row_lengths(self, row: int) -> list[int]:
+        """Tokens that each KV head of a row holds."""
+        return self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads]
+
+    def append(
+        self,
+        keys: Float[Tensor, "rows kv_heads new dim"],
+        values: Float[Tensor, "rows kv_heads new value_dim"],
+        positions: Int[Tensor, " new"],
+    ) -> None:
+        """Add the same new positions to every segment. Their other figures are 0."""
+        fresh = RaggedKV.of(keys, values, positions)
+        new = len(positions)
+        if self.uniform:
+            segments = len(self.lengths)
+
+            def join(old: Tensor, added: Tensor) -> Tensor:
+                shape = (segments, -1, *old.shape[1:])
+                return torch.cat([old.view(shape), added.view(shape)], 1).flatten(0, 1)
+        else:
+            device = self.keys.device
+            segment = torch.arange(len(self.lengths), device=device)
+            lengths = torch.tensor(self.lengths, device=device)
+            moved = segment.repeat_interleave(lengths, output_size=len(self.keys)) * new
+            moved += torch.arange(len(self.keys), device=device)
+            into = (lengths.cumsum(0) + segment * new)[:, None] + torch.arange(new, device=device)
+
+            def join(old: Tensor, added: Tensor) -> Tensor:
+                out = old.new_empty(len(old) + len(added), *old.shape[1:])
+                out[moved], out[into.flatten()] = old, added
+                return out
+
+        self.keys, self.values = join(self.keys, fresh.keys), join(self.values, fresh.values)
+        for name, old in self.figures.items():
+            added = fresh.figures.get(name)
+            self.figures[name] = join(
+                old,
+                torch.zeros_like(fresh.figures["position"]).to(old)
+                if added is None
+                else added.to(old),
+            )
+        self.lengths = [length + new for length in self.lengths]
+
+    def padded(
+        self, row: int | None = None
+    ) -> tuple[
+        Float[Tensor, "rows kv_heads longest dim"],
+        Float[Tensor, "rows kv_heads longest value_dim"],
+        Int[Tensor, "rows kv_heads longest"],
+    ]:
+        """Keys, values and positions (-1: nothing there), of all rows or of one.
+
+        Views where all segments are equally long, copies otherwise.
+        """
+        take = self._padding(row)
+        keys, values = take(self.keys), take(self.values)
+        return keys, values, take(self.figures["position"], -1)
+
+    def figure(self, name: str, row: int) -> Shaped[Tensor, "kv_heads longest"]:
+        """A figure of the tokens of one row, padded with 0."""
+        return self._padding(row)(self.figures[name], 0)[0]
+
+    def set_figure(self, name: str, row: int, padded: Shaped[Tensor, "kv_heads longest"]) -> None:
+        """Write a figure of the tokens of one row, as `figure` returns it."""
+        if name not in self.figures:
+            self.figures[name] = padded.new_zeros(len(self.keys))
+        first, last, lengths = self._row(row)
+        held = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        self.figures[name][first:last] = padded[held]
+
+    def keep(self, row: int, mask: Bool[Tensor, "kv_heads longest"]) -> None:
+        """Drop all tokens of a row but these."""
+        first, last, lengths = self._row(row)
+        held = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        flat = torch.ones(len(self.keys), dtype=torch.bool, device=mask.device)
+        flat[first:last] = mask[held]
+        counts = (mask & held).sum(1).tolist()
+        self._filter(flat)
+        self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
+
+    def keep_ranked(self, row: int, limits: list[int]) -> None:
+        """Of a row, keep the tokens whose figure "rank" is below the limit of their KV head.
+
+        A single limit is one for all heads together, whose ranks are then in one order.
+        """
+        first, last, _ = self._row(row)
+        rank, lengths = self.figures["rank"][first:last], self.row_lengths(row)
+        if len(set(limits)) == 1:
+            kept = rank < limits[0]
+        else:
+            limit = torch.tensor(limits, device=rank.device)
+            size = torch.tensor(lengths, device=rank.device)
+            kept = rank < limit.repeat_interleave(size, output_size=len(rank))
+        if len(limits) == self.kv_heads > 1:
+            counts = [min(limit, length) for limit, length in zip(limits, lengths, strict=True)]
+        else:
+            counts = torch.stack([part.sum() for part in kept.split(lengths)]).tolist()
+        if self.rows > 1:
+            whole = torch.ones(len(self.keys), dtype=torch.bool, device=kept.device)
+            whole[first:last] = kept
+            kept = whole
+        self._filter(kept)
+        self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
+
+    def drop_from(self, position: int) -> None:
+        """Drop the tokens at this position and later ones."""
+        kept = self.figures["position"] < position
+        segments = torch.arange(len(self.lengths), device=kept.device)
+        lengths = torch.tensor(self.lengths, device=kept.device)
+        segment = segments.repeat_interleave(lengths, output_size=len(self.keys))
+        self.lengths = segment[kept].bincount(minlength=len(self.lengths)).tolist()
+        self._filter(kept)
+
+    def select_rows(self, index: list[int]) -> None:
+        """Take these rows of the batch, in this order; a row may come more than once."""
+        parts = [range(row * self.kv_heads, (row + 1) * self.kv_heads) for row in index]
+        segments = [segment for part in parts for segment in part]
+
+        def take(x: Tensor) -> Tensor:
+            pieces = x.split(self.lengths)
+            return torch.cat([pieces[segment] for segment in segments])
+
+        self.keys, self.values = take(self.keys), take(self.values)
+        self.figures = {name: take(x) for name, x in self.figures.items()}
+        self.lengths = [self.lengths[segment] for segment in segments]
+
+    def copy(self) -> "RaggedKV":
+        """An independent copy. The tensors are shared: they are never written in place."""
+        figures = {name: x.clone() for name, x in self.figures.items()}
+        return RaggedKV(self.keys, self.values, list(self.lengths), self.kv_heads, figures)
+
+    def _filter(self, kept: Tensor) -> None:
+        at = kept.nonzero()[:, 0]
+        self.keys, self.values = self.keys[at], self.values[at]
+        self.figures = {name: x[at] for name, x in self.figures.items()}
+
+    def _row(self, row: int) -> tuple[int, int, Tensor]:
+        """First and last + 1 token of a row, and the lengths of its segments."""
+        first = sum(self.lengths[: row * self.kv_heads])
+        lengths = self.row_lengths(row)
+        return first, first + sum(lengths), torch.tensor(lengths, device=self.keys.device)
+
+    def _padding(self, row: int | None) -> Callable[..., Tensor]:
+        """A function that brings figures of tokens into the shape (rows, kv_heads, longest)."""
+        first, last = (0, len(self.keys)) if row is None else self._row(row)[:2]
+        lengths = self.lengths if row is None else self.row_lengths(row)
+        shape = (len(lengths) // self.kv_heads, self.kv_heads)
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return lambda x, fill=0: x[first:last].view(*shape, longest, *x.shape[1:])
+        device = self.keys.device
+        size = torch.tensor(lengths, device=device)
+        start = size.cumsum(0) - size + first
+        offset = torch.arange(longest, device=device)
+        there = offset < size[:, None]
+        index = torch.where(there, start[:, None] + offset, first).view(*shape, longest)
+        there = there.view(*shape, longest)
+
+        def take(x: Tensor, fill: int = 0) -> Tensor:
+            out = x[index]
+            return out if out.dim() == 4 else torch.where(there, out, fill)
+
+        return take

@@ -1,0 +1,127 @@
+"""Write on with a compressed cache, and tell what it took: memory, time, tokens held."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from tappa.compression.cache import CompressedCache
+from tappa.errors import TextError
+from tappa.models import context_length
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A continuation and what it took. Bytes are those of keys and values."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    tokens_seen: int
+    tokens_held: float  # mean over layers and KV heads
+    nbytes: int  # held at the end
+    peak_nbytes: int
+    full_nbytes: int  # what all tokens seen would take in these layers
+    prefill_seconds: float  # until the first new token is known
+    decode_seconds: float  # all further ones
+
+
+def write_on(
+    cache: CompressedCache,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 200,
+    *,
+    chat: bool = False,
+    show: Callable[[str], None] | None = None,
+) -> Written:
+    """Continue a prompt greedily on a new `cache` of `tappa.compressed`.
+
+    With `chat` the prompt is a user's message, put into the tokenizer's chat template. `show` is
+    called with each piece of text as it is written.
+
+        written = write_on(tappa.compressed(model, "tappa", 512), tokenizer, prompt)
+
+    Raises TextError for a prompt that is empty, or too long for the model together with what is to
+    be written.
+    """
+    model = cache.model
+    ids = _encode(tokenizer, prompt, chat)
+    _check_length(model, ids.shape[1], max_new_tokens)
+    clock = _Clock(tokenizer, show or (lambda text: None))
+    start = time.perf_counter()
+    output: Any = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device),
+        attention_mask=torch.ones_like(ids, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=clock,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **GREEDY,
+    )
+    end = time.perf_counter()
+    new = output[0, ids.shape[1] :]
+    return Written(
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        tokens_seen=cache.tokens_seen,
+        tokens_held=cache.tokens_held(),
+        nbytes=cache.nbytes,
+        peak_nbytes=cache.peak_nbytes,
+        full_nbytes=cache.full_nbytes,
+        prefill_seconds=clock.first - start,
+        decode_seconds=end - clock.first,
+    )
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first new token is known, and passes on the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        self.text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text.on_finalized_text = lambda text, stream_end=False: show(text)  # type: ignore[method-assign]
+        self.calls, self.first = 0, 0.0
+
+    def put(self, value: Tensor) -> None:
+        """The prompt at first, then one token at a time."""
+        self.calls += 1
+        if self.calls == 2:
+            self.first = time.perf_counter()
+        self.text.put(value)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.text.end()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
+    if chat and not tokenizer.chat_template:
+        raise TextError("expected a tokenizer with a chat template, this one has none")
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        prompt = str(
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        )
+    encoded: Any = tokenizer(prompt, add_special_tokens=not chat, verbose=False)
+    if not encoded.input_ids:
+        raise TextError("expected a prompt of at least 1 token, got none")
+    return torch.tensor([encoded.input_ids])
+
+
+def _check_length(model: PreTrainedModel, tokens: int, new: int) -> None:
+    context = context_length(model)
+    if new < 1:
+        raise TextError(f"expected at least 1 new token, got {new}")
+    if context is not None and tokens + new > context:
+        raise TextError(
+            f"a prompt of {tokens} tokens and {new} new ones are more than the model's context of "
+            f"{context} tokens"
+        )

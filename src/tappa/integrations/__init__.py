@@ -1,0 +1,1 @@
+"""Other libraries' KV cache compression with ours; each module needs its library installed."""
