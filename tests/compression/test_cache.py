@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, PreTrai
 
 import tappa
 from tappa.compression import METHODS, CompressedCache, compress_context, compressed, record
-from tappa.compression.cache import CompressedLayer, by_segment
+from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.errors import CaptureError, CompressionError
 from tappa.interface import AttentionSwitch
 from tiny import tiny_model as make_tiny

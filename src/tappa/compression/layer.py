@@ -1,0 +1,238 @@
+"""The cache of one layer: ragged keys and values, their ranks, and the mask that fits them."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from tappa.attention_profile import Attention
+from tappa.compression.methods import Method
+from tappa.compression.observation import Observation
+from tappa.compression.scorers import TokenView
+from tappa.compression.selection import head_ranks, pooled_ranks
+from tappa.compression.storage import RaggedKV
+from tappa.errors import CompressionError
+from tappa.interface import Attend
+
+
+class CompressedLayer(CacheLayerMixin):
+    """The cache of one layer with full attention."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, index: int, method: Method) -> None:
+        super().__init__()
+        self.index, self.method = index, method
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held: RaggedKV | None = None
+        self.seen = 0
+        self.dropped_at = 0  # tokens seen when some were last dropped
+        self.complete = True  # nothing dropped so far
+        self.observations: list[Observation] = []
+        self.ranked: set[int] = set()  # rows whose tokens have ranks
+        self.preferences: list[list[float]] = []  # of each row and KV head
+        self.attention: Attention | None = None
+        self.module: nn.Module | None = None
+        self.positions: Tensor = torch.empty(0)  # of the padded keys returned last
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first update brings shapes and types."""
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all that are held, padded where heads differ in length."""
+        new = key_states.shape[2]
+        positions = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        if self.held is None:
+            self.held = RaggedKV.of(key_states, value_states, positions)
+            self.is_initialized = True
+        else:
+            self.held.append(key_states, value_states, positions)
+        self.seen += new
+        keys, values, self.positions = self.held.padded()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, so that the next one gets its true position."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Masks are made for all tokens seen; `mask_for` picks those that are held."""
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.seen + new, 0
+
+    def get_max_length(self) -> int:
+        """No limit to the tokens seen."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return self.held.nbytes if self.held is not None else 0
+
+    def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """The model's mask over all tokens, brought to the tokens held; True or 0 is visible.
+
+        It differs from head to head, since heads hold different tokens.
+        """
+        held = self.storage()
+        new = query.shape[2]
+        if self.complete or (mask is None and new == 1 and held.uniform):
+            return mask
+        there = self.positions >= 0
+        at = self.positions.clamp_min(0).long()[:, :, None]
+        if mask is None:
+            now = torch.arange(self.seen - new, self.seen, device=query.device)[:, None]
+            mask = (at <= now) & there[:, :, None]
+        else:
+            rows, kv_heads, _, longest = at.shape
+            if mask.shape[1] != 1:
+                raise CompressionError("expected one mask for all heads, the model makes several")
+            full = mask.expand(rows, kv_heads, *mask.shape[2:])
+            mask = full.gather(3, at.expand(rows, kv_heads, new, longest))
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~there[:, :, None], hidden)
+        return mask.repeat_interleave(query.shape[1] // held.kv_heads, 1)
+
+    def view(self, row: int) -> TokenView:
+        """What a scorer sees of one row."""
+        held, seen = self.storage(), self.observations[row]
+        keys, values, positions = (x[0] for x in held.padded(row))
+        assert self.attention is not None
+        return TokenView(
+            *(keys, values, positions, seen.end, self.attention),
+            *(seen.window, seen.window_positions, seen.rotary),
+            received=held.figure("received", row) if "received" in held.figures else None,
+            moments=seen.moments,
+            first=seen.first,
+            module=self.module,
+        )
+
+    def rank(self, row: int, tokens: TokenView) -> None:
+        """Rank the tokens of a row, for the cuts of this forward pass."""
+        seen, method = self.observations[row], self.method
+        late = tokens.positions >= seen.end - method.window
+        protected = late | (tokens.positions < seen.first + method.sinks)
+        scores = method.scorer.score(tokens)
+        if method.sharing == "pooled":
+            ranks = pooled_ranks(scores, protected, tokens.present, method.floor)
+        else:
+            ranks = head_ranks(scores, protected, tokens.present)
+        self.storage().set_figure("rank", row, ranks)
+        self.ranked.add(row)
+
+    def cut(self, row: int, counts: list[int]) -> None:
+        """Drop tokens of a row until each KV head (or all together) holds its count."""
+        if row not in self.ranked:
+            self.rank(row, self.view(row))
+        self.storage().keep_ranked(row, counts)
+        self.complete = False
+        self.dropped_at = self.seen
+
+    def drop_padding(self, valid: Bool[Tensor, "rows new"]) -> None:
+        """Drop the newest tokens where they are padding."""
+        held, new = self.storage(), valid.shape[1]
+        for row in range(len(valid)):
+            if not bool(valid[row].all()):
+                positions = held.padded(row)[2][0]
+                late = (positions - (self.seen - new)).clamp_min(0).long()
+                held.keep(row, (positions < self.seen - new) | valid[row][late])
+                self.complete = False
+                self.dropped_at = self.seen
+
+    def forget_ranks(self) -> None:
+        """Ranks are good for one pass only."""
+        self.ranked.clear()
+        if self.held is not None:
+            self.held.figures.pop("rank", None)
+
+    def select_rows(self, index: list[int]) -> None:
+        """Take these rows of the batch, in this order."""
+        if self.held is not None:
+            self.held.select_rows(index)
+            self.observations = [_copy(self.observations[row]) for row in index]
+            if self.preferences:
+                self.preferences = [list(self.preferences[row]) for row in index]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.select_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take rows of the batch, by index or by a mask."""
+        where = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.select_rows(where.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.held is not None:
+            self.select_rows([row for row in range(self.held.rows) for _ in range(repeats)])
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `-tokens` tokens; a positive number is the length to keep."""
+        length = tokens if tokens > 0 else self.seen + tokens
+        if self.held is None or length >= self.seen:
+            return
+        if length < self.dropped_at:
+            raise CompressionError(
+                f"cannot crop to {length} tokens: some were dropped when {self.dropped_at} were "
+                "seen, which cannot be undone"
+            )
+        if "received" in self.held.figures:
+            raise CompressionError(f"{self.method.name} adds up attention, which crop cannot undo")
+        self.held.drop_from(length)
+        self.seen = length
+        for observation in self.observations:
+            observation.forget_from(length)
+
+    def copy(self, keep_ranks: bool = False) -> "CompressedLayer":
+        """An independent copy; without `keep_ranks` its tokens are to be ranked anew."""
+        twin = CompressedLayer(self.index, self.method)
+        twin.__dict__.update(self.__dict__)
+        twin.held = self.held.copy() if self.held is not None else None
+        twin.observations = [_copy(o) for o in self.observations]
+        twin.preferences = [list(p) for p in self.preferences]
+        twin.ranked = set(self.ranked) if keep_ranks else set()
+        return twin
+
+    def storage(self) -> RaggedKV:
+        """The tokens held."""
+        assert self.held is not None, "the layer has seen no token yet"
+        return self.held
+
+
+def _copy(observation: Observation) -> Observation:
+    """Tensors are never written in place, so that a copy of the references will do."""
+    twin = Observation(**observation.__dict__)
+    twin.units = type(twin.units)(**observation.units.__dict__)
+    return twin
+
+
+def by_segment(
+    kernel: Attend, held: RaggedKV, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
+) -> Float[Tensor, "rows new heads value_dim"]:
+    """Attention of every row and KV head by itself, without masks: for kernels that take none.
+
+    The new tokens are the last ones held and the kernel is causal from the end.
+    """
+    rows, heads, new, _ = query.shape
+    group = heads // held.kv_heads
+    keys, values = held.keys.split(held.lengths), held.values.split(held.lengths)
+    out = query.new_empty(rows, new, heads, held.values.shape[-1])
+    for segment, (key, value) in enumerate(zip(keys, values, strict=True)):
+        row, at = segment // held.kv_heads, segment % held.kv_heads * group
+        part = query[row : row + 1, at : at + group]
+        done = kernel(module, part, key[None, None], value[None, None], None, **kwargs)[0]
+        out[row, :, at : at + group] = done[0]
+    return out
