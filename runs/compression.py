@@ -18,7 +18,6 @@ import math
 import random
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,27 +106,31 @@ class Question:
 def measure(model: Any, tokenizer: Any, window: list[int], o: Any, seed: str) -> Iterator[dict]:
     """A line for every method and budget on one prompt."""
     prompt, following = window[: o.tokens], window[o.tokens : o.tokens + NEXT]
-    text = Question(model, prompt, following)
-    line: dict[str, Any] = {"method": "full", "budget": 0, "kl": 0.0}
-    needle = None
-    if not o.no_needle:
+    text, needle = None, None
+    line: dict[str, Any] = {"method": "full", "budget": 0}
+    if "kl" in o.measure:
+        text = Question(model, prompt, following)
+        line["kl"] = 0.0
+    if "needle" in o.measure:
         needle = Question(model, *needle_prompt(tokenizer, prompt, o.tokens, seed))
         line["needle"] = needle.right(needle.full)
     yield line
     for name in o.methods:
         base, options = parse(name)
-        start = time.perf_counter()
-        caches = text.recording.compress(base, o.budgets, **options)
-        seconds = time.perf_counter() - start
-        found = needle.recording.compress(base, o.budgets, **options) if needle else o.budgets
-        for budget, cache, other in zip(o.budgets, caches, found, strict=True):
-            held = cache.tokens_held()
-            logits = text.after(cache)
-            kl = float((text.full.exp() * (text.full - logits)).sum(-1).mean())
-            line = {"method": name, "budget": budget, "kl": kl, "held": held, "seconds": seconds}
-            if needle is not None:
-                line["needle"] = needle.right(needle.after(other))
-            yield line
+        lines = [{"method": name, "budget": budget} for budget in o.budgets]
+        for question in (text, needle):
+            if question is None:
+                continue
+            caches = question.recording.compress(base, o.budgets, **options)
+            for line, cache in zip(lines, caches, strict=True):
+                line["held"] = cache.tokens_held()
+                logits = question.after(cache)
+                if question is needle:
+                    line["needle"] = needle.right(logits)
+                else:
+                    lost = question.full.exp() * (question.full - logits)
+                    line["kl"] = float(lost.sum(-1).mean())
+        yield from lines
 
 
 def run(o: Any) -> None:
@@ -164,16 +167,17 @@ def table(o: Any) -> None:
         lines = [x for x in lines if x["prompt"] % 2 == ("tune", "report").index(o.half)]
     budgets = sorted({x["budget"] for x in lines} - {0})
     kl: dict[tuple[str, int], dict[int, float]] = {}
-    needle: dict[tuple[str, int], list[bool]] = {}
+    needle: dict[tuple[str, int], dict[int, bool]] = {}
     for x in lines:
-        key = x["method"], x["budget"]
-        kl.setdefault(key, {})[x["prompt"]] = x["kl"]
-        if "needle" in x:
-            needle.setdefault(key, []).append(x["needle"])
+        for name, found in (("kl", kl), ("needle", needle)):
+            if name in x:
+                found.setdefault((x["method"], x["budget"]), {})[x["prompt"]] = x[name]
     prompts = sorted(kl["full", 0])
     print(f"n = {len(prompts)} prompts", end="")
     if needle:
-        print(f"; needles found with the full cache: {np.mean(needle['full', 0]):.2f}", end="")
+        full = list(needle["full", 0].values())
+        found = f"needles found with the full cache: {np.mean(full):.2f} (n = {len(full)})"
+        print(f"; {found}", end="")
     print(f"; t and p of the paired difference from {o.against}\n")
     head = [f"KL @{b} ± s.e. (t; p)" for b in budgets]
     head += [f"needle @{b}" for b in budgets if needle]
@@ -189,7 +193,7 @@ def table(o: Any) -> None:
                 error = d.std(ddof=1) / math.sqrt(len(d))
                 cell += f" ({d.mean() / error:+.1f}; {flips(d):.4f})" if error > 0 else ""
             cells.append(cell)
-        cells += [f"{np.mean(needle[method, b]):.2f}" for b in budgets if needle]
+        cells += [f"{np.mean(list(needle[method, b].values())):.2f}" for b in budgets if needle]
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
@@ -211,7 +215,7 @@ def main() -> None:
     r.add_argument("--half", choices=["tune", "report"])
     r.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
     r.add_argument("--methods", nargs="+", default=DEFAULT_METHODS)
-    r.add_argument("--no-needle", action="store_true")
+    r.add_argument("--measure", nargs="+", choices=["kl", "needle"], default=["kl", "needle"])
     r.add_argument("--dtype", default="auto")
     t = commands.add_parser("table")
     t.set_defaults(call=table)
