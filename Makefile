@@ -41,8 +41,9 @@ demo: .venv/installed ## Analyse every head of SmolLM2-135M; files go to demo-ou
 test: lint types .venv/installed ## Lint, check types, run all tests
 	$(BIN)/pytest
 
-test-peers: .venv-peers/installed ## Compare with kvpress, in an environment of its own
+test-peers: .venv-peers/installed ## Compare with kvpress, and run all tests on transformers 5.2
 	$(PEERS)/pytest -n 0 peers/
+	$(PEERS)/pytest
 
 lint: .venv/installed ## Lint and check the format
 	$(BIN)/ruff check .

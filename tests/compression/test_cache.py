@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, PreTrainedModel
 
@@ -379,8 +381,9 @@ def test_another_prompt_needs_a_reset() -> None:
     model = tiny_model("llama")
     cache = cache_of(model, "tappa")
     run(model, PROMPT, cache)
-    with pytest.raises(CompressionError, match="reset"):
+    with pytest.raises((CompressionError, IndexError)) as error:  # 5.2 raises by itself, earlier
         model.generate(PROMPT[:, :50], past_key_values=cache, max_new_tokens=2)
+    assert "reset" in str(error.value) or Version(transformers.__version__) < Version("5.3")
     with pytest.raises(CompressionError, match="reset"):
         run(model, PROMPT[:, :40].view(2, 20), cache)
     assert run(model, PROMPT[:, :1], cache).isfinite().all()  # nothing was lost
