@@ -1,11 +1,15 @@
 """The default model on the packaged text: what is known of it must come out."""
 
+import os
+
 import pytest
+import torch
+from transformers import DynamicCache
 
 import tappa
 from tappa.models import LoadedModel
 from tappa.patterns import LABELS, spearman
-from tappa.texts import packaged_text
+from tappa.texts import encode_texts, packaged_text
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
@@ -41,3 +45,29 @@ def test_expected_and_real_persistence_rank_heads_alike(analysis: tappa.Analysis
     assert rank is not None
     assert rank > 0.6
     assert rank == analysis.summary()["agreement"]["spearman_expected_diagonal"]
+
+
+# further models, which `make test` does not fetch: TAPPA_TEST_MODELS=a.gguf:b make test
+OTHERS = [name for name in os.environ.get("TAPPA_TEST_MODELS", "").split(os.pathsep) if name]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_model(name: str) -> None:
+    """Every head, no violation, capture changes no bit, and a cache that holds its budget."""
+    model, tokenizer = tappa.load(name, device="cpu")
+    ids = torch.tensor(encode_texts(tokenizer, [packaged_text()], 256))
+    with torch.inference_mode():
+        before = model(ids, past_key_values=DynamicCache()).logits
+    analysis = tappa.analyze(model, tokenizer, packaged_text(), tokens=256)
+    config = model.config.get_text_config()
+    assert len(analysis.heads) == config.num_hidden_layers * config.num_attention_heads
+    assert analysis.summary()["bound_violations"] == 0
+    rank = spearman(analysis.to_frame(), "expected_diagonal", "diagonal")
+    assert rank is not None
+    assert rank > 0.6
+    with torch.inference_mode():
+        whole = tappa.compressed(model, "tappa", 256)
+        assert torch.equal(model(ids, past_key_values=whole).logits, before)
+        cache = tappa.compressed(model, "tappa", 64)
+        model(ids, past_key_values=cache)
+    assert 0.98 * 64 < cache.tokens_held() <= 64
