@@ -10,7 +10,13 @@ import torch
 from tappa import Analysis, Settings, analyze
 from tappa.analysis import SCHEMA
 from tappa.capture import LayerView, prefill
-from tappa.errors import AnalysisFileError, NonFiniteError, OutputError, TextError
+from tappa.errors import (
+    AnalysisFileError,
+    CaptureError,
+    NonFiniteError,
+    OutputError,
+    TextError,
+)
 from tappa.patterns import LABELS
 from tappa.similarity import self_similarity
 from tiny import KINDS, ROPE_KINDS, tiny_model, tiny_tokenizer
@@ -296,3 +302,51 @@ def test_nan_is_reported_with_layer_and_head(name: str, row: int, head: str) -> 
 def test_texts_that_do_not_do(texts: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TextError, match=message):
         analyze(tiny_model("llama"), tiny_tokenizer(), texts, **options)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": None},
+        {"model": {"name": "x"}},
+        {"prompts": []},
+        {"prompts": "many"},
+        {"statistics": []},
+        {"settings": {"window": "a"}},
+        {"heads": []},
+    ],
+    ids=str,
+)
+def test_load_refuses_a_damaged_file(llama: Analysis, tmp_path: Path, damage: dict) -> None:
+    path = llama.save(tmp_path / "a.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(AnalysisFileError, match="incomplete Analysis"):
+        Analysis.load(path)
+
+
+def test_load_refuses_sums_of_nothing(llama: Analysis, tmp_path: Path) -> None:
+    path = llama.save(tmp_path / "a.json")
+    content = json.loads(path.read_text())
+    content["statistics"][0]["sums"]["rows"] = 0
+    path.write_text(json.dumps(content))
+    with pytest.raises(AnalysisFileError, match="incomplete Analysis"):
+        Analysis.load(path)
+    content["statistics"] = content["statistics"][:-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(AnalysisFileError, match="incomplete Analysis"):
+        Analysis.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(AnalysisFileError, match="in JSON"):
+        Analysis.load(path)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_that_do_not_do(chunk: int) -> None:
+    with pytest.raises(TextError, match=f"at least 1 token, got {chunk}"):
+        analyze(tiny_model("llama"), tiny_tokenizer(), "a" * 20, chunk=chunk)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lags", 0), ("window", 1), ("lags", True)])
+def test_settings_that_do_not_do(name: str, value: int) -> None:
+    with pytest.raises(CaptureError, match=f"expected {name} of at least"):
+        Settings(**{name: value})

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    HunYuanDenseV1Config,
+    PreTrainedModel,
+)
 
 from tappa.capture import LayerView, prefill
-from tappa.errors import CaptureError, ModelError
-from tiny import ROPE_KINDS, tiny_model
+from tappa.errors import CaptureError, ModelError, NonFiniteError
+from tiny import GROUPED, ROPE_KINDS, tiny_model
 
 TOKENS = 37
 every_kind = pytest.mark.parametrize("kind", ROPE_KINDS)
@@ -343,3 +349,57 @@ def test_a_model_without_rope_is_refused() -> None:
     with pytest.raises(ModelError, match="RoPE"):
         views_of(model)
     assert state(model) == before
+
+
+def test_queries_that_are_normalised_after_rope_are_refused() -> None:
+    """They are no rotated vectors: what is before RoPE cannot be told from them."""
+    sizes: dict[str, Any] = GROUPED
+    config = HunYuanDenseV1Config(**sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(CaptureError, match=r"layer 0 \(.*its RoPE is followed by something else"):
+        views_of(model)
+
+
+def test_queries_of_zero_are_refused_and_small_ones_are_not() -> None:
+    model = tiny_model("llama")
+    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight
+    assert isinstance(weight, Tensor)
+    expected = views_of(model)[2].rotary
+    weight.data *= 1e-30
+    assert torch.equal(views_of(model)[2].rotary.first, expected.first)
+    weight.data *= 0
+    with pytest.raises(CaptureError, match=r"layer 1 .*all zero"):
+        views_of(tiny_with(model))
+
+
+def tiny_with(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a new model, of which nothing is known yet."""
+    fresh = tiny_model("llama")
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_queries_that_are_not_finite_in_every_head(value: float) -> None:
+    model = tiny_model("llama")
+    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight
+    assert isinstance(weight, Tensor)
+    weight.data.fill_(value)
+    with pytest.raises(NonFiniteError, match=r"layer 1 .*queries of every head"):
+        views_of(model)
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.is_causal = False
+    with pytest.raises(ModelError, match="causal"):
+        views_of(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_attends_twice_is_refused() -> None:
+    model = tiny_model("llama")
+    second: Any = model.get_submodule("model.layers.1.self_attn")
+    second.layer_idx = 0
+    with pytest.raises(ModelError, match=r"layer 0 .* more than once"):
+        views_of(model)

@@ -222,3 +222,28 @@ def test_methods(run: Run) -> None:
     for name in METHODS:
         assert name in stdout
     assert json.loads(run("methods", "--json")[1]) == describe_methods()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("analyze", "--tokens", "abc"), "'--tokens'"),
+        (("analyze", "--chunk", "7"), "'--chunk'"),
+        (("analyze", "--bogus"), "--bogus"),
+        (("analyse",), "analyse"),
+    ],
+)
+def test_arguments_that_do_not_do_are_one_line(
+    run: Run, arguments: tuple[str, ...], says: str
+) -> None:
+    code, stdout, stderr = run(*arguments)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert says in stderr
+
+
+def test_a_failed_run_leaves_no_folder(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    assert run("analyze", tmp_path / "nope.gguf", "--out", out)[0] == 2
+    assert not (tmp_path / "new").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from tappa import files
 from tappa.errors import OutputError
-from tappa.files import ensure_writable_folder, write_atomic
+from tappa.files import check_writable_folder, ensure_folder, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,43 @@ def test_write_atomic_says_why_it_cannot_write(tmp_path, where):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_ensure_writable_folder_creates_the_folder_and_leaves_it_empty(tmp_path):
-    folder = ensure_writable_folder(str(tmp_path / "a" / "b"))
+def test_ensure_folder_creates_the_folder_and_leaves_it_empty(tmp_path):
+    folder = ensure_folder(str(tmp_path / "a" / "b"))
     assert folder == tmp_path / "a" / "b"
     assert os.listdir(folder) == []
-    assert ensure_writable_folder(folder) == folder
+    assert ensure_folder(folder) == folder
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "nul\0"])
-def test_ensure_writable_folder_refuses(tmp_path, where):
+def test_ensure_folder_refuses(tmp_path, where):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write to the folder"):
-        ensure_writable_folder(tmp_path / where)
+        ensure_folder(tmp_path / where)
+
+
+def test_a_check_leaves_nothing_behind(tmp_path):
+    assert check_writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write to the folder"):
+        check_writable_folder(tmp_path / "file" / "below")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "data", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_atomic(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert os.listdir(target.parent) == ["data"]
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="not a regular file"):
+        write_atomic(tmp_path / "pipe", "data")
+    assert os.listdir(tmp_path) == ["pipe"]
+    with pytest.raises(OutputError, match="cannot write"):
+        write_atomic("", "data")

@@ -82,3 +82,13 @@ def test_without_a_writable_cache_a_gguf_file_is_read_each_time(gguf_file, tmp_p
     assert model.config._attn_implementation == "eager"
     model.save_pretrained(tmp_path / "saved")  # it does not pass for a quantised one
     assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_a_damaged_copy_is_made_anew(gguf_file, cache):
+    load(str(gguf_file))
+    [kept] = (cache / "converted").iterdir()
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    model, _ = load(gguf_file, device=torch.device("cpu"))
+    assert torch.equal(model(PROMPT).logits, tiny_model("qwen2")(PROMPT).logits)
+    assert [folder.name for folder in (cache / "converted").iterdir()] == [kept.name]

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.capture import LayerView, prefill
-from tappa.errors import AnalysisFileError
+from tappa.checkpoint import first_line
+from tappa.errors import AnalysisFileError, TextError
 from tappa.figures import head_figures
 from tappa.files import write_atomic
 from tappa.layer_statistics import LayerStatistics, PromptLayer, Settings
@@ -22,6 +23,7 @@ from tappa.patterns import agreement, name_patterns
 from tappa.texts import encode_texts
 
 SCHEMA = "tappa.analysis/1"
+MODEL_KEYS = {"name", "class", "layers", "heads", "kv_heads", "dtype"}
 Progress = Callable[[int, int], None]
 
 
@@ -71,6 +73,10 @@ class Analysis:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise AnalysisFileError(f"cannot merge: {name} differs, {mine} and {theirs}")
+        if len(self.layers) != len(other.layers):
+            raise AnalysisFileError(
+                f"cannot merge: {len(self.layers)} layers here and {len(other.layers)} there"
+            )
         layers = [a + b for a, b in zip(self.layers, other.layers, strict=True)]
         return replace(self, prompts=self.prompts + other.prompts, layers=layers)
 
@@ -94,7 +100,7 @@ class Analysis:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise AnalysisFileError(f"cannot read the Analysis {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnalysisFileError(f"expected an Analysis in JSON, {path}: {error}") from error
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
@@ -103,10 +109,21 @@ class Analysis:
             layers = [_read_layer(layer) for layer in content["statistics"]]
             settings = Settings(**content["settings"])
             analysis = cls(content["model"], content["prompts"], layers, settings)
-            _ = analysis.heads
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            kind = type(error).__name__
-            raise AnalysisFileError(f"incomplete Analysis {path}: {kind} {error}") from error
+            _ = json.dumps(analysis.summary(), allow_nan=False)
+        except Exception as error:  # whatever a damaged file leads to
+            kind, reason = type(error).__name__, first_line(error)
+            raise AnalysisFileError(f"incomplete Analysis {path}: {kind} {reason}") from error
+        found, wanted = len(analysis.heads), len(content.get("heads", ()))
+        if (
+            not found
+            or found != wanted
+            or not analysis.prompts
+            or not set(analysis.model) >= MODEL_KEYS
+        ):
+            raise AnalysisFileError(
+                f"incomplete Analysis {path}: expected prompts, a model and the sums of {wanted} "
+                f"heads, got those of {found}"
+            )
         return analysis
 
 
@@ -137,6 +154,8 @@ def analyze(
     Raises:
         TextError, ModelError, CaptureError, NonFiniteError: one line that says what is wrong.
     """
+    if chunk is not None and chunk < 1:
+        raise TextError(f"expected a chunk of at least 1 token, got {chunk}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     settings = settings or Settings()
     prompts = encode_texts(tokenizer, texts, tokens, context_length(model))

@@ -94,7 +94,7 @@ class _Session:
     spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
     frequencies: dict[nn.Module, Tensor] = field(default_factory=dict)
-    layers_seen: int = 0
+    layers_seen: set[int] = field(default_factory=set)  # in this forward pass
     logits_to_keep: int = 0
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class _Session:
         valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         self.spans = [_span(row) for row in valid.bool()]
         self.positions = (valid.cumsum(1) - 1).clamp_min(0) + self.start
-        self.layers_seen = 0
+        self.layers_seen = set()
         keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         out = self.model(
             input_ids=ids,
@@ -116,7 +116,7 @@ class _Session:
             use_cache=cache is not None,
             **({"logits_to_keep": self.logits_to_keep} if keep else {}),
         )
-        if self.layers_seen == 0:
+        if not self.layers_seen:
             raise ModelError(
                 f"{type(self.model).__name__} does not use transformers' attention interface: "
                 "its queries and keys cannot be seen"
@@ -146,13 +146,19 @@ class _Session:
     ) -> None:
         attention = attention_of(module, query, kwargs)
         rotary = self._rotary(module)
-        self.layers_seen += 1
+        layer = int(cast(int, module.layer_idx))
+        if layer in self.layers_seen:
+            raise ModelError(
+                f"layer {layer} ({type(module).__name__}) attends more than once in a forward "
+                "pass, which tappa cannot analyse"
+            )
+        self.layers_seen.add(layer)
         seen = self.start + query.shape[2]
         for row, (first, last) in enumerate(self.spans):
             pad = 0 if self.start else first
             end = key.shape[2] - (query.shape[2] - last)
             view = LayerView(
-                layer=int(cast(int, module.layer_idx)),
+                layer=layer,
                 row=row,
                 queries=query[row, :, first:last].float(),
                 keys=key[row, :, pad:end].float(),
@@ -201,7 +207,11 @@ def _span(valid: Tensor) -> tuple[int, int]:
 
 def _check_mask(mask: Tensor | None, view: LayerView, first: int, pad: int) -> None:
     """Compare a few rows of the model's own mask with the one the analysis assumes."""
-    if mask is None or mask.dim() != 4:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise CaptureError(f"expected a mask as a tensor, the kernel takes a {type(mask).__name__}")
+    if mask.dim() != 4:
         return
     steps, past = view.queries.shape[1], view.keys.shape[1]
     rows = torch.tensor(sorted({0, steps // 2, steps - 1}), device=mask.device)

@@ -1,10 +1,13 @@
 """The command line: parse, call, print."""
 
+import io
 import json
+import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +17,7 @@ import tappa
 from tappa.compression import check_method, describe_methods, parse_budget, write_on
 from tappa.display import render_methods, render_written, show
 from tappa.errors import TappaError, TextError
-from tappa.files import ensure_writable_folder, write_atomic
+from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.texts import packaged_prompt, packaged_text, read_text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -69,13 +72,14 @@ def analyze(
 
     Examples:
 
+    \b
       tappa analyze
       tappa analyze model.gguf --text notes.txt --tokens 4096 --out results
       tappa analyze ./my-model --json | jq '.agreement'
     """
     texts = [read_text(path) for path in text] if text else [packaged_text()]
     if out is not None:
-        ensure_writable_folder(out)
+        check_writable_folder(out)
     errors = Console(stderr=True)
     with errors.status("loading the model"):
         loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -88,6 +92,7 @@ def analyze(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if out is not None:
+        ensure_folder(out)
         analysis.save(out / "analysis.json")
         write_atomic(out / "heads.csv", analysis.to_frame().to_csv(index=False))
     if as_json:
@@ -135,6 +140,7 @@ def generate(
 
     Examples:
 
+    \b
       tappa generate --prompt-file report.txt --budget 256
       tappa generate model.gguf --prompt-file q.txt --chat --method snapkv --budget 0.1
       tappa generate --method full
@@ -188,8 +194,36 @@ def _progress(console: Console) -> Progress:
 
 def main() -> None:
     """Entry point: errors that a user can put right become one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Greek letters is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = _print_warning
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
     except TappaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"cannot write the output: {error.strerror or error}", 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        if not sys.argv[1:]:
+            print(error.format_message())
+            sys.exit(0)
+        _fail(" ".join(error.format_message().split()), 2)  # an argument that Typer refuses
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_warning(message: Warning | str, *args: object, **kwargs: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

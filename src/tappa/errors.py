@@ -30,4 +30,4 @@ class CompressionError(TappaError):
 
 
 class NonFiniteError(CaptureError):
-    """NaN or infinity in the queries, keys or values of a layer."""
+    """NaN or infinity in the queries or keys of a layer."""

@@ -16,14 +16,17 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     """
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        target = path.resolve()  # a link stays one: its target is replaced
+        if target.exists() and not target.is_file():
+            raise OutputError(f"cannot write {path}: not a regular file")
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         try:
             with part.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            part.replace(target)
         finally:
             part.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
@@ -31,19 +34,31 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     return path
 
 
-def ensure_writable_folder(path: str | Path) -> Path:
-    """Create the folder `path` where it is missing, and check that a file can be created in it.
+def check_writable_folder(path: str | Path) -> Path:
+    """Check that a file can be created in the folder `path`, or in its nearest parent that exists.
 
-    Call it before a long run whose results go there. Raises OutputError.
+    Call it before a long run whose results go there; nothing is left behind. Raises OutputError.
     """
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
             pass
     except (OSError, ValueError) as error:
         message = f"cannot write to the folder {folder}: {_reason(error)}"
         raise OutputError(message) from error
+    return folder
+
+
+def ensure_folder(path: str | Path) -> Path:
+    """Create the folder `path` where it is missing. Raises OutputError."""
+    folder = check_writable_folder(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write to the folder {folder}: {_reason(error)}") from error
     return folder
 
 

@@ -41,6 +41,8 @@ class AttentionSwitch:
         self.wrapped = self.config._attn_implementation
         if self.wrapped.startswith(PREFIX):
             raise CaptureError("this model is already being captured or compressed")
+        if getattr(self.config, "is_causal", True) is False:
+            raise ModelError("expected a causal model, the config says is_causal=False")
         AttentionInterface.register(self.name, self.attend)
         if self.wrapped in ALL_MASK_ATTENTION_FUNCTIONS:
             mask = ALL_MASK_ATTENTION_FUNCTIONS[self.wrapped]
@@ -72,6 +74,8 @@ def attention_of(module: nn.Module, query: Tensor, kwargs: dict) -> Attention:
             raise ModelError(
                 f"{type(module).__name__} adds {name} to its attention, which tappa cannot analyse"
             )
+    if kwargs.get("is_causal") is False and query.shape[2] > 1:
+        raise ModelError(f"expected causal attention, {type(module).__name__} asks for another")
     scale = kwargs.get("scaling")
     return Attention(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),

@@ -26,6 +26,11 @@ class Settings:
     window: int = 32  # steps of the "window" variants of self-similarity
     lags: int = 1024  # lag profiles hold the distances below this
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("window", self.window, 2), ("lags", self.lags, 8)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise CaptureError(f"expected {name} of at least {least}, got {value!r}")
+
 
 @dataclass
 class LayerStatistics:

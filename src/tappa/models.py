@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -41,9 +42,9 @@ _one_at_a_time = threading.Lock()  # transformers' loading swaps global function
 
 
 def load(
-    name: str | None = None,
+    name: str | Path | None = None,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -59,14 +60,14 @@ def load(
 
         model, tokenizer = tappa.load("my-model.gguf")
     """
-    place = _device(device)
+    place = _device(str(device))
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, place),
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
-    label = DEFAULT_NAME if name is None else name
-    path = _find(_default_source() if name is None else name, trust_remote_code)
+    label = DEFAULT_NAME if name is None else str(name)
+    path = _find(_default_source() if name is None else str(name), trust_remote_code)
     with _one_at_a_time, quiet():
         read = _load_gguf if path.is_file() else load_folder
         model, tokenizer = read(path, label, options)
@@ -102,7 +103,7 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise ModelError(f"expected the device auto, cpu, cuda or cuda:N, got {device!r}")
-    if device != "cpu" and not torch.cuda.is_available():
+    if not device.startswith("cpu") and not torch.cuda.is_available():
         raise ModelError(f"expected an available device, got {device!r}: PyTorch sees no GPU here")
     with library_errors("expected the device auto, cpu, cuda or cuda:N"):
         return torch.device(device)
@@ -163,11 +164,15 @@ def _load_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
         options = {**options, "dtype": torch.float32}
     try:
         folder = _converted(path, label)
+        try:
+            return load_folder(folder, label, options)
+        except ModelError:  # the copy is damaged, or nothing can be made of this model
+            shutil.rmtree(folder)
+            return load_folder(_converted(path, label), label, options)
     except (OSError, SafetensorError) as error:
         text = f"cannot keep a converted copy of {label}, so each load takes longer: {error}"
         warnings.warn(text, stacklevel=3)
         return _read_gguf(path, label, options)
-    return load_folder(folder, label, options)
 
 
 def _converted(path: Path, label: str) -> Path:

@@ -108,7 +108,7 @@ def explain(figures: Mapping[str, Any]) -> str:
     """One sentence in plain words: what the head does, and why."""
     share, turn = figures["dominant_share"], figures["period"]
     why = ""
-    if turn is not None:
+    if turn is not None and figures["observed"] != "periodic":  # whose channel is named already
         channel = figures["dominant_channel"]
         why = f"; {share:.0%} of energy in channel {channel}, one turn in {turn:,.0f} tokens"
     what = {

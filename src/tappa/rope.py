@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from tappa.errors import CaptureError
+from tappa.errors import CaptureError, NonFiniteError
 
 # (cos, sin) -> the vectors of one attention layer, rotated with these tables: (..., tokens, dim)
 RotateWith = Callable[[Tensor, Tensor], Tensor]
@@ -144,6 +144,7 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
 
     Raises:
         CaptureError: the layer is not a rotation of pairs of dimensions by these tables.
+        NonFiniteError: no head gives finite vectors.
     """
     generator = torch.Generator().manual_seed(0)
     table = 1 + torch.rand(tokens, columns, generator=generator)
@@ -153,13 +154,21 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
         for cos, sin in ((one, zero), (table, zero), (zero, table))
     )
     sound = torch.stack([x, scaled, swapped]).isfinite().all(dim=3).all(dim=1).all(dim=0)
+    if not sound.any():
+        raise NonFiniteError("NaN or infinity in the queries of every head")
     x, scaled, swapped = x[:, sound], scaled[:, sound], swapped[:, sound]  # NaN is reported later
+    size = x.abs().max()
+    if size == 0:
+        raise CaptureError("its queries are all zero, so that its RoPE cannot be seen")
+    x, scaled, swapped = x / size, scaled / size, swapped / size
     column, rotated = _match_columns(x, scaled, table)
+    if not rotated.any() and not torch.equal(scaled, x):
+        raise CaptureError("its RoPE is followed by something else, a norm of queries perhaps")
     turned = torch.where(rotated, swapped / table[:, None, column], 0.0)
     partner, sign = _match_partners(x.flatten(0, 1), turned.flatten(0, 1))
     dims = torch.arange(x.shape[-1])
     if not torch.equal(partner[partner[rotated]], dims[rotated]):
-        raise CaptureError("this layer's RoPE does not turn pairs of dimensions: not supported")
+        raise CaptureError("its RoPE does not turn pairs of dimensions, or some are always zero")
     first = dims[rotated & (sign < 0)]
     order = column[first].argsort(stable=True)
     first = first[order]
@@ -187,7 +196,7 @@ def _match_partners(
     cosine = (turned.T @ x) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     best, partner = cosine.abs().max(dim=1)
     if (best[turned.abs().amax(dim=0) > 0] < 0.99).any():
-        raise CaptureError("this layer's RoPE mixes more than two dimensions: not supported")
+        raise CaptureError("its RoPE mixes more than two dimensions")
     return partner, cosine.gather(1, partner[:, None])[:, 0].sign()
 
 

@@ -14,6 +14,7 @@ from tappa.errors import CaptureError, ModelError
 from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
 
 CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past"}
+POSITION_ARGUMENTS = {"position_ids", "cache_position"}
 
 
 # What a module's code does with its tables does not change: known layouts serve later probes.
@@ -52,8 +53,8 @@ class RotaryProbe:
         """What the attention function returns to the probe: zeros of the right shape."""
         assert self._probed is not None
         self._probed.append(query)
-        shape = (*query.shape[:3], value.shape[-1])
-        return query.new_zeros(shape).transpose(1, 2), None
+        rows, heads, tokens, _ = query.shape
+        return query.new_zeros(rows, tokens, heads, value.shape[-1]), None
 
     def channels(
         self, module: nn.Module, row: int, tokens: slice, positions: Int[Tensor, " tokens"]
@@ -103,6 +104,8 @@ class RotaryProbe:
             arguments |= value if keywords else {name: value}
         arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
         arguments |= {"hidden_states": noise, "attention_mask": None}
+        for name in POSITION_ARGUMENTS & arguments.keys():
+            arguments[name] = torch.arange(noise.shape[1], device=noise.device)[None]
 
         def rotate_with(cos_table: Tensor, sin_table: Tensor) -> Tensor:
             tables = tuple(t[None].to(cos) for t in (cos_table, sin_table))
@@ -110,8 +113,14 @@ class RotaryProbe:
             module.forward(**(arguments | {"position_embeddings": tables}))
             return self._probed[0][0]
 
+        place = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
         try:
             return probe_layout(rotate_with, cos.shape[-1])
+        except (CaptureError, ModelError) as error:
+            raise type(error)(f"{place}: {error}") from error
+        except Exception as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CaptureError(f"{place}: its RoPE cannot be learned: {message}") from error
         finally:
             self._probed = None
 
