@@ -83,7 +83,7 @@ class UnitSums:
         new = joined[..., -unit.shape[-2] - 1 :, :]  # with the step before, if there is one
         self.adjacent = self.adjacent + _adjacent(new)[0]
         total = unit.sum(-2, dtype=torch.float64)
-        squares = unit.square().sum((-1, -2), dtype=torch.float64)
+        squares = torch.linalg.vecdot(unit, unit).sum(-1, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         self.squares = squares if self.squares is None else self.squares + squares
         self.steps += unit.shape[-2]

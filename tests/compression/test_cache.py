@@ -69,7 +69,8 @@ class Masked:
         if isinstance(layer, CompressedLayer):
             heads, new = q.shape[1:3]
             seen = k.shape[2]
-            positions = layer.positions.long()
+            # a single token is not followed by a cut, so that what is held is what was seen
+            positions = (layer.storage().padded()[2] if new == 1 else layer.positions).long()
             held = torch.zeros(*positions.shape[:2], seen + 1, dtype=torch.bool)
             held.scatter_(2, torch.where(positions < 0, seen, positions), True)
             causal = torch.arange(seen) <= torch.arange(seen - new, seen)[:, None]

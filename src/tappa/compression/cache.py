@@ -264,7 +264,7 @@ class CompressedCache(DynamicCache):
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
             return kernel(module, query, key, value, attention_mask, **kwargs)
-        if self._switch.wrapped.startswith("flash") and not layer.complete:
+        if layer.split or (self._switch.wrapped.startswith("flash") and not layer.complete):
             done = by_segment(kernel, layer.storage(), module, query, kwargs)
             output: tuple[Tensor, Tensor | None] = (done, None)
         else:

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tappa.compression.budgets import Evidence, Rule
-from tappa.compression.scorers import SKIPPED, Moments, Scorer, TokenView
+from tappa.compression.scorers import (
+    SKIPPED,
+    Moments,
+    Scorer,
+    TokenView,
+    variance_over_window,
+)
 from tappa.rope import RotaryChannels
 from tappa.similarity import UnitSums
 
@@ -40,8 +46,9 @@ class Observation:
     ) -> None:
         """The next queries of the prompt, post-RoPE: remember the last `window`."""
         if window and len(positions):
-            self.window = torch.cat([self.window, queries], 1)[:, -window:].clone()
-            self.window_positions = torch.cat([self.window_positions, positions])[-window:]
+            new = max(self.window.shape[1] + len(positions) - window, 0)  # leave the window
+            self.window = torch.cat([self.window[:, new:], queries[:, -window:]], 1)
+            self.window_positions = torch.cat([self.window_positions[new:], positions[-window:]])
         if len(positions):
             self.end = int(positions[-1]) + 1
 
@@ -61,7 +68,8 @@ class Observation:
             x = before if rule.variant.space == "pre" else queries.float()
             self.units.add(normalize(x, dim=-1), max(len(self.window_positions), 2))
         if "moments" in scorer.needs:
-            x = before[:, positions >= self.first + SKIPPED]
+            skipped = int((positions < self.first + SKIPPED).sum())  # positions ascend
+            x = before[:, skipped:]
             sums = x.shape[1], x.sum(1), x.mT @ x
             known = self.moments
             if known is not None:
@@ -81,19 +89,16 @@ class Observation:
             )
             mean = (cosines / max(pairs, 1)).view(kv_heads, -1).mean(1)
             blank = replace(blank, similarity=mean.float())
-        if rule.needs & {"window", "predictability"}:
+        if "window" in rule.needs:
             earlier = tokens.earlier.repeat_interleave(len(tokens.window) // kv_heads, 0)
             weights = tokens.weights * earlier[:, None]
-            entropy = torch.special.entr(weights).sum((1, 2))
-            rows = weights.shape[1]
-            spread = weights.var(1).sum(1) if rows > 1 else torch.zeros_like(entropy)
+            entropy = torch.special.entr(weights).sum((1, 2)).view(kv_heads, -1)
+            spread = variance_over_window(weights).sum(1).view(kv_heads, -1)
+            blank = replace(blank, entropy=entropy.sum(1), variance=spread.sum(1))
+        if "predictability" in rule.needs:
             lasting = torch.minimum(tokens.weights[:, 1:], tokens.weights[:, :-1]).sum(2)
-            blank = replace(
-                blank,
-                entropy=entropy.view(kv_heads, -1).sum(1),
-                variance=spread.view(kv_heads, -1).sum(1),
-                predictability=lasting.mean(1).view(kv_heads, -1).amin(1),
-            )
+            least = lasting.mean(1).view(kv_heads, -1).amin(1)
+            blank = replace(blank, predictability=least)
         return blank
 
     def forget_from(self, position: int) -> None:

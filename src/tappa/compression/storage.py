@@ -69,24 +69,14 @@ class RaggedKV:
         """Add the same new positions to every segment. Their other figures are 0."""
         fresh = RaggedKV.of(keys, values, positions)
         new = len(positions)
-        if self.uniform:
-            segments = len(self.lengths)
+        segments = len(self.lengths)
 
-            def join(old: Tensor, added: Tensor) -> Tensor:
+        def join(old: Tensor, added: Tensor) -> Tensor:
+            if self.uniform:
                 shape = (segments, -1, *old.shape[1:])
                 return torch.cat([old.view(shape), added.view(shape)], 1).flatten(0, 1)
-        else:
-            device = self.keys.device
-            segment = torch.arange(len(self.lengths), device=device)
-            lengths = torch.tensor(self.lengths, device=device)
-            moved = segment.repeat_interleave(lengths, output_size=len(self.keys)) * new
-            moved += torch.arange(len(self.keys), device=device)
-            into = (lengths.cumsum(0) + segment * new)[:, None] + torch.arange(new, device=device)
-
-            def join(old: Tensor, added: Tensor) -> Tensor:
-                out = old.new_empty(len(old) + len(added), *old.shape[1:])
-                out[moved], out[into.flatten()] = old, added
-                return out
+            pairs = zip(old.split(self.lengths), added.split(new), strict=True)
+            return torch.cat([piece for pair in pairs for piece in pair])
 
         self.keys, self.values = join(self.keys, fresh.keys), join(self.values, fresh.values)
         for name, old in self.figures.items():
