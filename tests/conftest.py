@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 
@@ -19,3 +22,11 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("TAPPA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the type checks of the tests, which would be faster to refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -111,6 +111,7 @@ def render_written(written: Written, method: str) -> RenderableType:
         f"{_megabytes(written.nbytes)} held ({share:.0%} of {_megabytes(written.full_nbytes)} for "
         f"all tokens), {_megabytes(written.peak_nbytes)} at peak",
     )
+    table.add_row("beside it", f"{_megabytes(written.beside_nbytes)} remembered of queries")
     table.add_row(
         "time",
         f"prefill {written.prefill_seconds:.2f} s ({written.prompt_tokens:,} tokens), "

@@ -44,6 +44,11 @@ class RotaryProbe:
         see = torch.compiler.disable(self._see)  # a compiled model breaks its graph here
         return [m.register_forward_pre_hook(see, with_kwargs=True) for m in self.modules]
 
+    def forget(self) -> None:
+        """Let go of the tables and the arguments of the last forward pass."""
+        self._tables.clear()
+        self.latest = None
+
     @property
     def probing(self) -> bool:
         """Whether the call of an attention function is one of the probe's own."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, PreTrai
 import tappa
 from tappa.compression import METHODS, CompressedCache, compress_context, compressed, record
 from tappa.compression.layer import CompressedLayer, by_segment
-from tappa.errors import CaptureError, CompressionError
+from tappa.errors import CaptureError, CompressionError, ModelError
 from tappa.interface import AttentionSwitch
 from tiny import tiny_model as make_tiny
 from tiny import tiny_tokenizer
@@ -509,3 +509,70 @@ def test_copies_are_independent() -> None:
         run(model, PROMPT[:, step : step + 1], twin)
     assert [layer.held.lengths for layer in cache.layers] == before
     assert (cache.tokens_seen, twin.tokens_seen) == (211, 223)
+
+
+@pytest.mark.parametrize("name", ["tappa", "snapkv"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, CompressedCache.copy])
+def test_every_way_to_copy_a_cache_is_the_same(name: str, copied: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    cache = cache_of(model, name)
+    run(model, PROMPT[:, :97], cache)
+    twin = copied(cache)
+    assert twin.model is model
+    for piece in PROMPT[:, 97:110].split([1, 7, 5], 1):
+        assert torch.equal(run(model, piece, twin), run(model, piece, cache))
+
+
+def test_a_cache_is_not_for_another_model() -> None:
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    cache = cache_of(model, "tappa")
+    for other in (twin, model.model):
+        with pytest.raises(CompressionError, match="made for another model"):
+            other(PROMPT, past_key_values=cache)
+    assert run(model, PROMPT, cache).isfinite().all()
+
+
+def test_bytes_beside_keys_and_values_do_not_grow() -> None:
+    model = tiny_model("llama")
+    cache = cache_of(model, "tappa")
+    run(model, PROMPT[:, :97], cache)
+    window, moments = 6 * 7 * 10 * 4 + 7 * 8, 6 * 10 * 4 + 6 * 10 * 10 * 4
+    assert cache.beside_nbytes >= 2 * (window + moments)
+    before = cache.beside_nbytes
+    for step in range(97, 130):
+        run(model, PROMPT[:, step : step + 1], cache)
+        assert cache.beside_nbytes <= before + 2 * 3 * 8 * 8  # positions of some tokens
+    assert cache_of(model, "snapkv").beside_nbytes == 0
+
+
+def test_assisted_generation_drops_tokens_and_takes_back_drafts() -> None:
+    model, assistant = tiny_model("llama"), tiny_model("llama", num_hidden_layers=1)
+    cache = cache_of(model, "snapkv", every=3)
+    options = {"max_new_tokens": 19, "do_sample": False, "eos_token_id": None}
+    written = model.generate(
+        PROMPT[:, :97], past_key_values=cache, assistant_model=assistant, **options
+    )
+    assert written.shape[1] == 97 + 19
+    assert cache.tokens_held() <= 23 < cache.tokens_seen
+
+
+def test_a_model_without_rope_is_refused_where_rope_is_needed() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(ModelError, match="RoPE"):
+        cache_of(model, "tappa")
+    cache = cache_of(model, "snapkv")
+    run(model, PROMPT, cache)
+    assert cache.tokens_held() == 23
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(1, 0).long(), torch.zeros(5).long(), torch.zeros(1, 5)], ids=str
+)
+def test_token_ids_that_do_not_do(ids: Tensor) -> None:
+    model = tiny_model("llama")
+    for use in (lambda: record(model, ids), lambda: compress_context(model, ids, "tappa", 64)):
+        with pytest.raises(CompressionError, match="expected token ids of shape"):
+            use()
+    with pytest.raises(CompressionError, match="chunk of at least 1"):
+        compress_context(model, PROMPT, "tappa", 64, chunk=0)

@@ -1,10 +1,8 @@
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -40,14 +38,6 @@ def llama() -> PreTrainedModel:
 def analysis() -> tappa.Analysis:
     text = "Vanity and pride are different things, Mary said, though often confused."
     return tappa.analyze(tiny_model("llama"), tiny_tokenizer(), text, tokens=60)
-
-
-@pytest.fixture
-def as_users_run_it() -> Iterator[None]:
-    """Without the type checks of the tests, which would be faster to refuse."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_the_table_of_methods() -> None:
@@ -265,6 +255,9 @@ def test_steps_that_cannot_work(every: Any, llama: PreTrainedModel) -> None:
         ("adakv", {"floor": -0.5}),
         ("pyramidkv", {"beta": 0.0}),
         ("cake", {"tau1": 0.0}),
+        ("snapkv", {"window": 4.5}),
+        ("snapkv", {"window": "4"}),
+        ("tappa", {"variant": "x"}),
     ],
 )
 def test_options_that_cannot_work(
@@ -308,6 +301,13 @@ def test_methods_that_cannot_use_an_analysis(
 ) -> None:
     with pytest.raises(CompressionError, match=message):
         tappa.compressed(llama, name, 64, analysis=analysis, **options)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_analysis(llama: PreTrainedModel) -> None:
+    wrong: Any = 3
+    with pytest.raises(CompressionError, match="expected an Analysis or the path of one, got 3"):
+        tappa.compressed(llama, "tappa", 64, analysis=wrong)
 
 
 def test_preferences_of_an_analysis(llama: PreTrainedModel, analysis: tappa.Analysis) -> None:

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tappa.compression.options import check_range
-from tappa.similarity import DEFAULT, PAPER_KV_CACHE, Variant
+from tappa.errors import CompressionError
+from tappa.similarity import DEFAULT, PAPER_KV_CACHE, VARIANTS, Variant
 
 Need = Literal["similarity", "window", "predictability"]
 FloatArray = Float[np.ndarray, " heads"]
@@ -120,6 +121,12 @@ def similarity(
     budgets are those of `(1 - S)^exponent`.
     """
     check_range("exponent", exponent, 0)
+    if variant not in VARIANTS:
+        raise CompressionError(
+            f"expected a variant as (space, pairs, extent), such as ('pre', 'all', 'prompt'), "
+            f"got {variant!r}"
+        )
+    variant = Variant(*variant)
     check_range("cake_share", cake_share, 0, 1)
 
     def preference(e: Evidence) -> Tensor:

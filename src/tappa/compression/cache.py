@@ -28,6 +28,7 @@ from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.errors import CompressionError
 from tappa.interface import AttentionSwitch, attention_of
+from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
 
@@ -58,6 +59,9 @@ class CompressedCache(DynamicCache):
                 f"{type(model).__name__} does not use transformers' attention interface: "
                 "its cache cannot be compressed"
             )
+        needs = method.scorer.needs | (method.rule.needs if method.rule else set())
+        if needs & {"moments", "similarity"}:
+            require_rope(model)
         super().__init__(config=model.config)
         self.model, self.method, self.budget, self.every = model, method, budget, every
         self.fixed = preferences  # of each compressed layer and KV head, from an Analysis
@@ -127,6 +131,11 @@ class CompressedCache(DynamicCache):
         )
 
     @property
+    def beside_nbytes(self) -> int:
+        """Bytes of what is remembered beside keys and values: last queries, sums, positions."""
+        return sum(layer.beside_nbytes for layer in self.compressed_layers)
+
+    @property
     def full_nbytes(self) -> int:
         """Bytes that keys and values would take if nothing was dropped, of rows without padding."""
         layers = [layer for layer in self.compressed_layers if layer.held is not None]
@@ -163,6 +172,23 @@ class CompressedCache(DynamicCache):
                 twin.layers[index].__dict__.update(layer.__dict__)
         twin.frozen, twin.peak_nbytes = self.frozen, self.nbytes
         return twin
+
+    def __deepcopy__(self, memo: dict) -> "CompressedCache":
+        return self.copy()
+
+    def __copy__(self) -> "CompressedCache":
+        return self.copy()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model with the new keys and values of a layer."""
+        if not self._running:
+            raise CompressionError(
+                "this cache was made for another model (or for all of it, and got a part): "
+                "make one with tappa.compressed(model, ...)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _compressed(self, layer: int) -> CompressedLayer:
         found = self.layers[layer]
@@ -207,7 +233,8 @@ class CompressedCache(DynamicCache):
         self._switch.off()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._probe.latest = [], None
+        self._hooks, self._position_ids = [], torch.empty(0)
+        self._probe.forget()
         self._failed = output is None
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         for layer in self.compressed_layers:
@@ -227,7 +254,7 @@ class CompressedCache(DynamicCache):
         if held is not None and held.rows != len(ids):
             raise CompressionError(
                 f"the cache holds {held.rows} row(s), {len(ids)} came: call reset() before "
-                "another prompt"
+                "another prompt, batch_repeat_interleave() to go on in several ways"
             )
         shape = None if mask is None else tuple(mask.shape)
         if new == 0 or (shape is not None and shape != (len(ids), seen + new)):

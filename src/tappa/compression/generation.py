@@ -46,6 +46,8 @@ def compressed(
         raise CompressionError(f"expected every >= 1 step, got {every!r}")
     chosen, checked = check_method(method, budget, **options)
     saved = Analysis.load(analysis) if isinstance(analysis, str | Path) else analysis
+    if saved is not None and not isinstance(saved, Analysis):
+        raise CompressionError(f"expected an Analysis or the path of one, got {analysis!r}")
     preferences = None
     if saved is not None:
         if chosen.rule is None:
@@ -116,6 +118,9 @@ def compress_context(
 
     With `chunk`, it is read in pieces of that many tokens. Other arguments as in `compressed`.
     """
+    _check_ids(input_ids)
+    if chunk is not None and chunk < 1:
+        raise CompressionError(f"expected a chunk of at least 1 token, got {chunk}")
     cache = compressed(model, method, budget, **options)
     device = next(model.parameters()).device
     size = chunk or input_ids.shape[1]
@@ -168,6 +173,7 @@ class Recording:
 
 def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
     """Read a prompt (or several of the same length) once, for `Recording.compress`."""
+    _check_ids(input_ids)
     full = compressed(model, "full")
     queries: list[Recorded] = []
     full.recorder = lambda query, rotary: queries.append((query, rotary))
@@ -176,6 +182,15 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Rec
         model(input_ids.to(device), past_key_values=full, logits_to_keep=1)
     full.recorder = None
     return Recording(full, queries)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    whole = not (input_ids.is_floating_point() or input_ids.is_complex())
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or not whole:
+        raise CompressionError(
+            f"expected token ids of shape (rows, tokens), got {input_ids.dtype} of shape "
+            f"{tuple(input_ids.shape)}"
+        )
 
 
 def _checked(budget: int | float | None, method: Method) -> int | float:

@@ -87,6 +87,13 @@ class CompressedLayer(CacheLayerMixin):
         """Bytes of the keys and values held."""
         return self.held.nbytes if self.held is not None else 0
 
+    @property
+    def beside_nbytes(self) -> int:
+        """Bytes of what is remembered beside keys and values."""
+        figures = self.held.figures.values() if self.held is not None else ()
+        seen = [tensor for one in self.observations for tensor in one.tensors()]
+        return sum(x.numel() * x.element_size() for x in (*figures, *seen))
+
     def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """The model's mask over all tokens, brought to the tokens held; True or 0 is visible.
 
@@ -190,7 +197,8 @@ class CompressedLayer(CacheLayerMixin):
         length = tokens if tokens > 0 else self.seen + tokens
         if self.held is None or length >= self.seen:
             return
-        if length < self.dropped_at:
+        # the window is never dropped: a draft that was rejected can always be taken back
+        if self.dropped_at - length >= max(self.method.window, 1):
             raise CompressionError(
                 f"cannot crop to {length} tokens: some were dropped when {self.dropped_at} were "
                 "seen, which cannot be undone"
@@ -198,7 +206,7 @@ class CompressedLayer(CacheLayerMixin):
         if "received" in self.held.figures:
             raise CompressionError(f"{self.method.name} adds up attention, which crop cannot undo")
         self.held.drop_from(length)
-        self.seen = length
+        self.seen, self.dropped_at = length, min(self.dropped_at, length)
         for observation in self.observations:
             observation.forget_from(length)
 

@@ -101,6 +101,14 @@ class Observation:
             blank = replace(blank, predictability=least)
         return blank
 
+    def tensors(self) -> list[Tensor]:
+        """All that takes memory."""
+        found = [self.window, self.window_positions]
+        if self.moments is not None:
+            found += [self.moments.total, self.moments.outer]
+        units = (self.units.total, self.units.squares, self.units.adjacent, self.units.tail)
+        return found + [x for x in units if isinstance(x, Tensor)]
+
     def forget_from(self, position: int) -> None:
         """Forget the queries at this position and later ones."""
         kept = self.window_positions < position

@@ -4,6 +4,8 @@ import math
 
 from tappa.errors import CompressionError
 
+COUNTS = {"window", "sinks", "kernel", "future"}
+
 
 def check_range(
     name: str,
@@ -12,7 +14,13 @@ def check_range(
     high: int | float = math.inf,
     above: bool = False,
 ) -> None:
-    """Raise CompressionError unless `low <= value <= high` (`low < value` if `above`)."""
+    """Raise CompressionError unless `low <= value <= high` (`low < value` if `above`).
+
+    Numbers of `COUNTS` have to be whole.
+    """
+    kinds = (int,) if name in COUNTS else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise CompressionError(f"expected {name} as {kinds[-1].__name__}, got {value!r}")
     if (low < value if above else low <= value) and value <= high:
         return
     limit = f"above {low}" if above else f"of at least {low}"

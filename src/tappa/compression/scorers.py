@@ -142,7 +142,8 @@ def window_mean(kernel: int = 5) -> Scorer:
 def window_mean_var(gamma: float = 200.0, kernel: int = 5) -> Scorer:
     """Mean + gamma variance of the last queries' attention, pooled. Source: CAKE (2503.12491)."""
     check_range("gamma", gamma, 0)
-    if kernel < 1 or kernel % 2 == 0:
+    check_range("kernel", kernel, 1)
+    if kernel % 2 == 0:
         raise CompressionError(f"expected an odd kernel of at least 1, got {kernel!r}")
 
     def score(tokens: TokenView) -> Scores:

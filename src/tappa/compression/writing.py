@@ -28,6 +28,7 @@ class Written:
     tokens_held: float  # mean over layers and KV heads
     nbytes: int  # held at the end
     peak_nbytes: int
+    beside_nbytes: int  # of what is remembered beside keys and values
     full_nbytes: int  # what all tokens seen would take in these layers
     prefill_seconds: float  # until the first new token is known
     decode_seconds: float  # all further ones
@@ -76,6 +77,7 @@ def write_on(
         tokens_held=cache.tokens_held(),
         nbytes=cache.nbytes,
         peak_nbytes=cache.peak_nbytes,
+        beside_nbytes=cache.beside_nbytes,
         full_nbytes=cache.full_nbytes,
         prefill_seconds=clock.first - start,
         decode_seconds=end - clock.first,
