@@ -191,7 +191,9 @@ def table(o: Any) -> None:
             if method != o.against:
                 d = mine - base
                 error = d.std(ddof=1) / math.sqrt(len(d))
-                cell += f" ({d.mean() / error:+.1f}; {flips(d):.4f})" if error > 0 else ""
+                p = f"{flips(d):.4f}"
+                p = "<.0001" if p == "0.0000" else p
+                cell += f" ({d.mean() / error:+.1f}; {p})" if error > 0 else ""
             cells.append(cell)
         cells += [f"{np.mean(list(needle[method, b].values())):.2f}" for b in budgets if needle]
         print(f"| {method} | " + " | ".join(cells) + " |")
