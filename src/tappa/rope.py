@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -32,6 +33,7 @@ class RotaryChannels:
     second: Int[Tensor, " pairs"]
     theta: Float64[Tensor, " pairs"]
     unrotated: Int[Tensor, " rest"]
+    _latest: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def _first(self) -> Tensor | slice:
@@ -66,26 +68,50 @@ class RotaryChannels:
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p x`: turn every channel by `p * theta`; angles are computed in float64."""
-        angles = positions[..., None].double() * self.theta
-        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-        turned = self.pairs(x) * turn
-        out = x.clone()
-        out[..., self._first], out[..., self._second] = turned.real, turned.imag
-        return out
+        return self._turn(x, *self._table(positions))
 
     def unrotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
-        return self.rotate(x, -positions)
+        cos, sin = self._table(positions)
+        return self._turn(x, cos, -sin)
+
+    def _table(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of `p * theta`; those of the last positions are remembered."""
+        known, tables = self._latest.get("tables", (None, None))
+        if known is None or known.device != positions.device or not torch.equal(known, positions):
+            angles = positions[..., None].double() * self.theta
+            turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+            tables = turn.real.contiguous(), turn.imag.contiguous()
+            self._latest["tables"] = positions.clone(), tables
+        return tables
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x[..., self._first], x[..., self._second]
+        out = x.clone() if len(self.unrotated) else torch.empty_like(x)
+        for at, one, other in ((self._first, cos, -sin), (self._second, sin, cos)):
+            if isinstance(at, slice):
+                torch.mul(a, one, out=out[..., at]).addcmul_(b, other)
+            else:
+                out[..., at] = (a * one).addcmul_(b, other)
+        return out
+
+    def forget(self) -> None:
+        """Let go of the tables of the last positions, whose size is that of a prompt."""
+        self._latest.clear()
 
     def mean_rotation(self, start: int, count: int) -> Float[Tensor, "dim dim"]:
         """The mean of `R_p` over the positions p from `start` to `start + count - 1`, a matrix."""
+        known, matrix = self._latest.get("mean rotation", (None, None))
+        if known == (start, count):
+            return matrix
         at = torch.arange(start, start + count, device=self.theta.device, dtype=torch.float64)
         mean = torch.polar(torch.ones_like(at)[:, None], at[:, None] * self.theta).mean(0)
         matrix = torch.eye(self.dim, dtype=torch.float64, device=self.theta.device)
         matrix[self.first, self.first] = matrix[self.second, self.second] = mean.real
         matrix[self.first, self.second], matrix[self.second, self.first] = -mean.imag, mean.imag
+        self._latest["mean rotation"] = (start, count), matrix.float()
         return matrix.float()
 
     def pairs(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
@@ -113,9 +139,14 @@ class RotaryChannels:
         return out
 
     def to(self, device: torch.device) -> "RotaryChannels":
-        """The same channels with their tables on another device."""
+        """The same channels with their tables on a device."""
+        if self.theta.device == device:
+            return self
         return RotaryChannels(
-            *(t.to(device) for t in (self.first, self.second, self.theta, self.unrotated))
+            self.first.to(device),
+            self.second.to(device),
+            self.theta.to(device),
+            self.unrotated.to(device),
         )
 
 
@@ -127,6 +158,12 @@ class RotaryLayout:
     second: Int[Tensor, " pairs"]
     column: Int[Tensor, " pairs"]
     unrotated: Int[Tensor, " rest"]
+
+    def same_as(self, other: "RotaryLayout") -> bool:
+        """Whether two layers turn the same pairs by the same columns."""
+        mine, theirs = vars(self).values(), vars(other).values()
+        pairs = list(zip(mine, theirs, strict=True))
+        return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
     def channels(self, column_frequency: Float64[Tensor, " columns"]) -> RotaryChannels:
         """Add the frequency of every column, in radians per token."""

@@ -1,6 +1,8 @@
 """The rotary channels of every attention layer, learnt from the model while it runs."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,10 +34,11 @@ class RotaryProbe:
         self.modules = [
             module
             for module in model.modules()
-            if "position_embeddings" in inspect.signature(module.forward).parameters
+            if "position_embeddings" in _signature(module).parameters
         ]
         self._tables: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # cos, sin of this forward pass
         self.latest: inspect.BoundArguments | None = None  # call of the layer that runs now
+        self._channels: dict[tuple[int, ...], tuple[Tensor, RotaryChannels]] = {}  # likewise
         self._rotary = [m for m in model.modules() if _inv_freqs(m)]
         self._probed: list[Tensor] | None = None
 
@@ -47,6 +50,7 @@ class RotaryProbe:
     def forget(self) -> None:
         """Let go of the tables and the arguments of the last forward pass."""
         self._tables.clear()
+        self._channels.clear()
         self.latest = None
 
     @property
@@ -73,17 +77,21 @@ class RotaryProbe:
                 f"expected a model with rotary position embeddings (RoPE), but "
                 f"{type(module).__name__} of {type(self.model).__name__} gets none"
             )
-        cos, sin = (t[row if len(t) > 1 else 0, tokens] for t in self._tables[module])
-        # read now: dynamic scaling replaces the buffers
-        buffers = [table for m in self._rotary for table in _inv_freqs(m)]
-        theta = match_frequencies(cos, sin, positions, buffers)
-        return _LAYOUTS[module].channels(theta)
+        layout, table = _LAYOUTS[module], self._tables[module]
+        key = (id(layout), id(table[0]), row, tokens.start, tokens.stop)
+        if key not in self._channels:  # layers mostly share their tables
+            cos, sin = (t[row if len(t) > 1 else 0, tokens] for t in table)
+            # read now: dynamic scaling replaces the buffers
+            buffers = [table for m in self._rotary for table in _inv_freqs(m)]
+            theta = match_frequencies(cos, sin, positions, buffers)
+            self._channels[key] = table[0], layout.channels(theta)  # keeps the table's id taken
+        return self._channels[key][1]
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a module that takes `position_embeddings`: learn its rotary layout, once."""
         if self.probing:
             return
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        call = _signature(module).bind(*args, **kwargs)
         table = call.arguments.get("position_embeddings")
         self._tables.pop(module, None)
         if table is None or not hasattr(module, "layer_idx"):
@@ -96,7 +104,8 @@ class RotaryProbe:
         if _is_attention(module):
             self.latest = call
             if module not in _LAYOUTS:
-                _LAYOUTS[module] = self._probe(module, call)
+                layout = self._probe(module, call)
+                _LAYOUTS[module] = next((k for k in _LAYOUTS.values() if k.same_as(layout)), layout)
 
     def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
         """Run the attention module alone on random vectors with made-up tables."""
@@ -128,6 +137,19 @@ class RotaryProbe:
             raise CaptureError(f"{place}: its RoPE cannot be learned: {message}") from error
         finally:
             self._probed = None
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """Of its forward, without `self`."""
+    function = getattr(module.forward, "__func__", None)
+    return inspect.signature(module.forward) if function is None else _signature_of(function)
+
+
+@lru_cache(maxsize=1024)
+def _signature_of(function: Callable) -> inspect.Signature:
+    """Of a method, which takes long to find out."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _inv_freqs(module: nn.Module) -> list[Tensor]:

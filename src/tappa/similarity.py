@@ -61,6 +61,12 @@ def _all_pairs(total: Tensor, squares: Tensor, steps: int) -> tuple[Tensor, int]
     return total.square().sum(-1) - squares, steps * (steps - 1)
 
 
+def _sum_of_steps(unit: Tensor) -> Tensor:
+    """In float64, by sums of 128 steps in the type at hand: several times faster on CPU."""
+    parts = [part.sum(-2) for part in unit.split(128, dim=-2)]
+    return torch.stack(parts).sum(0, dtype=torch.float64)
+
+
 def _adjacent(unit: Tensor) -> tuple[Tensor, int]:
     """(sum of cosines, number) of pairs of neighbouring steps."""
     cosines = torch.linalg.vecdot(unit[..., 1:, :], unit[..., :-1, :])
@@ -77,12 +83,17 @@ class UnitSums:
     adjacent: Tensor | float = 0.0
     tail: Tensor | None = None  # the last `window` unit vectors
 
-    def add(self, unit: Float[Tensor, "heads tokens dim"], window: int) -> None:
-        """Accumulate the next steps of the prompt, as vectors of length 1."""
+    def add(
+        self, unit: Float[Tensor, "heads tokens dim"], window: int, adjacent: bool = True
+    ) -> None:
+        """Accumulate the next steps of the prompt, as vectors of length 1.
+
+        Without `adjacent` the sums over neighbours come out as NaN, and cost nothing.
+        """
         joined = unit if self.tail is None else torch.cat([self.tail, unit], dim=-2)
         new = joined[..., -unit.shape[-2] - 1 :, :]  # with the step before, if there is one
-        self.adjacent = self.adjacent + _adjacent(new)[0]
-        total = unit.sum(-2, dtype=torch.float64)
+        self.adjacent = self.adjacent + _adjacent(new)[0] if adjacent else torch.nan
+        total = _sum_of_steps(unit)
         squares = torch.linalg.vecdot(unit, unit).sum(-1, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         self.squares = squares if self.squares is None else self.squares + squares

@@ -29,9 +29,9 @@ def cases(draw: st.DrawFn) -> Case:
 def naive_order(
     scores: list[float], protected: list[bool], present: list[bool], tokens: list[int]
 ) -> list[int]:
-    """Tokens present: protected ones first, then by falling score, the earlier one if alike."""
+    """Tokens present: protected ones first, then by falling score; the earlier one if alike."""
     held = [i for i in tokens if present[i]]
-    return sorted(held, key=lambda i: (not protected[i], -scores[i], i))
+    return sorted(held, key=lambda i: (not protected[i], 0 if protected[i] else -scores[i], i))
 
 
 def naive_heads(scores: Tensor, protected: Tensor, present: Tensor) -> list[list[int]]:

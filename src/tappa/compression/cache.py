@@ -51,7 +51,7 @@ class CompressedCache(DynamicCache):
         model: PreTrainedModel,
         method: Method,
         budget: int | float | None,
-        every: int = 8,
+        every: int = 16,
         preferences: list[list[float]] | None = None,
     ) -> None:
         if not getattr(model, "_supports_attention_backend", False):
@@ -344,12 +344,13 @@ class CompressedCache(DynamicCache):
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
             layer.drop_padding(valid)
-        for row in range(len(query)):
-            real = torch.arange(new, device=query.device)
-            if valid is not None:
-                real = valid[row].nonzero()[:, 0]
-            if len(real):
-                self._observe_row(layer, row, query[row][:, real], start + real, prompt)
+        everywhere = torch.arange(start, start + new, device=query.device)
+        for row, queries in enumerate(query):
+            positions = everywhere
+            if valid is not None and not bool(valid[row].all()):
+                queries, positions = queries[:, valid[row]], everywhere[valid[row]]
+            if len(positions):
+                self._observe_row(layer, row, queries, positions, prompt)
         if prompt:
             self._compress(layer)
             if cascade:

@@ -23,7 +23,7 @@ def compressed(
     budget: int | float | None = None,
     *,
     analysis: Analysis | str | Path | None = None,
-    every: int = 8,
+    every: int = 16,
     **options: Any,
 ) -> CompressedCache:
     """A KV cache that is held to a budget while the model reads and writes.

@@ -165,8 +165,11 @@ class CompressedLayer(CacheLayerMixin):
                 self.dropped_at = self.seen
 
     def forget_ranks(self) -> None:
-        """Ranks are good for one pass only."""
+        """Ranks are good for one pass only, and so are tables of RoPE."""
         self.ranked.clear()
+        for seen in self.observations:
+            if seen.rotary is not None:
+                seen.rotary.forget()
         if self.held is not None:
             self.held.figures.pop("rank", None)
 

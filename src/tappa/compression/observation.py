@@ -13,6 +13,7 @@ from tappa.compression.scorers import (
     Moments,
     Scorer,
     TokenView,
+    entropy_over_tokens,
     variance_over_window,
 )
 from tappa.rope import RotaryChannels
@@ -61,12 +62,14 @@ class Observation:
     ) -> None:
         """Add queries of the prompt to the sums that scorer and rule take."""
         self.prompt_tokens += len(positions)
-        before = queries.float()
-        if self.rotary is not None:
-            before = self.rotary.unrotate(before, positions)
+        if self.rotary is None:
+            return
+        before = self.rotary.unrotate(queries.float(), positions)
         if "similarity" in rule.needs:
-            x = before if rule.variant.space == "pre" else queries.float()
-            self.units.add(normalize(x, dim=-1), max(len(self.window_positions), 2))
+            space, pairs, extent = rule.variant
+            unit = normalize(before if space == "pre" else queries.float(), dim=-1)
+            window = max(len(self.window_positions), 2) if extent == "window" else 1
+            self.units.add(unit, window, adjacent=pairs == "adjacent")
         if "moments" in scorer.needs:
             skipped = int((positions < self.first + SKIPPED).sum())  # positions ascend
             x = before[:, skipped:]
@@ -92,7 +95,7 @@ class Observation:
         if "window" in rule.needs:
             earlier = tokens.earlier.repeat_interleave(len(tokens.window) // kv_heads, 0)
             weights = tokens.weights * earlier[:, None]
-            entropy = torch.special.entr(weights).sum((1, 2)).view(kv_heads, -1)
+            entropy = entropy_over_tokens(weights).sum(1).view(kv_heads, -1)
             spread = variance_over_window(weights).sum(1).view(kv_heads, -1)
             blank = replace(blank, entropy=entropy.sum(1), variance=spread.sum(1))
         if "predictability" in rule.needs:

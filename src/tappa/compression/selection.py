@@ -16,11 +16,12 @@ Ranks = Int[Tensor, "kv_heads tokens"]
 def head_ranks(scores: Scores, protected: HeadTokens, present: HeadTokens) -> Ranks:
     """Rank of each token in its own head: protected ones first, then by falling score.
 
-    Ties go to the earlier token; where nothing is present the rank is behind all others.
+    Ties go to the earlier token, and so do protected ones, which stay in any case; NaN is the
+    lowest score; where nothing is present the rank is behind all others.
     """
+    scores = scores.nan_to_num(torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    kind = 2 - present.int() - (present & protected).int()
-    order = order.gather(1, torch.sort(kind.gather(1, order), dim=1, stable=True).indices)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
 

@@ -178,9 +178,9 @@ class RaggedKV:
         return RaggedKV(self.keys, self.values, list(self.lengths), self.kv_heads, figures)
 
     def _filter(self, kept: Tensor) -> None:
-        at = kept.nonzero()[:, 0]
-        self.keys, self.values = self.keys[at], self.values[at]
-        self.figures = {name: x[at] for name, x in self.figures.items()}
+        at = kept.nonzero()[:, 0]  # index_select is several times faster than x[at] on CPU
+        self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
+        self.figures = {name: x.index_select(0, at) for name, x in self.figures.items()}
 
     def _row(self, row: int) -> tuple[int, int, Tensor]:
         """First and last + 1 token of a row, and the lengths of its segments."""
