@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import random
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,25 +26,12 @@ import torch
 from torch import Tensor
 
 import tappa
-from tappa.compression import METHODS, CompressedCache
-from tappa.similarity import Variant
+from tappa.compression import METHODS, CompressedCache, parse_method
 from tappa.texts import packaged_text
 
 NEXT = 64
 CITIES = ("Lisbon", "Quito", "Oslo", "Hanoi", "Dakar", "Perth", "Lima", "Turin")
 DEFAULT_METHODS = [name for name in METHODS if name != "full"]
-METHOD = re.compile(r"^([a-z0-9_+]+)(?:\((.*)\))?$")
-
-
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """`tappa(exponent=1,per_head=true)` -> its name and options."""
-    found = METHOD.match(text)
-    if not found:
-        raise SystemExit(f"expected a method as name(option=value,...), got {text!r}")
-    pairs = dict(part.split("=") for part in (found[2] or "").split(",") if part)
-    variant = pairs.pop("variant", None)
-    options = {name: json.loads(value) for name, value in pairs.items()}
-    return found[1], options | ({"variant": Variant(*variant.split("_"))} if variant else {})
 
 
 def windows(
@@ -116,7 +102,7 @@ def measure(model: Any, tokenizer: Any, window: list[int], o: Any, seed: str) ->
         line["needle"] = needle.right(needle.full)
     yield line
     for name in o.methods:
-        base, options = parse(name)
+        base, options = parse_method(name)
         lines = [{"method": name, "budget": budget} for budget in o.budgets]
         for question in (text, needle):
             if question is None:

@@ -7,16 +7,22 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tappa
-from tappa.compression import check_method, describe_methods, parse_budget, write_on
+from tappa.compression import (
+    check_method,
+    describe_methods,
+    parse_budget,
+    split_methods,
+    write_on,
+)
 from tappa.display import render_methods, render_written, show
-from tappa.errors import TappaError, TextError
+from tappa.errors import EvaluationError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.texts import packaged_prompt, packaged_text, read_text
 
@@ -126,7 +132,7 @@ def generate(
     analysis: Annotated[
         Path | None, typer.Option(help="Take budgets from this analysis.json, not the prompt.")
     ] = None,
-    every: Annotated[int, typer.Option(min=1, help="Drop tokens every so many steps.")] = 8,
+    every: Annotated[int, typer.Option(min=1, help="Drop tokens every so many steps.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
@@ -166,6 +172,123 @@ def generate(
     Console().print(render_written(written, method))
 
 
+@app.command("eval")
+def evaluate_methods(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names of 'tappa methods', with options as cake(gamma=50).")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Tokens per layer and head, or shares of the prompt.")
+    ] = "128,256,512,1024",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="fidelity, perplexity, ruler, longbench, local, choice; a task of them "
+            "(ruler_vt); or any task of lm-eval."
+        ),
+    ] = "fidelity",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of texts (*.txt) and of LongBench's files (<task>.jsonl)."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of prompts, where a task can choose.")] = (
+        "4096"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of samples and of resampling.")] = 0,
+    half: Annotated[
+        str | None, typer.Option(help="tune or report: samples of even or of odd number.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method to compare with. Default: cake, or the first.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for answers and tables; resumed if there.")
+    ] = Path("results"),
+    shard: Annotated[
+        str, typer.Option(help="k/n: every n-th sample; n processes may share a folder.")
+    ] = "0/1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")
+    ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Compare compression methods: methods x budgets x tasks, with intervals and tests.
+
+    Every prompt is read once for all methods and budgets. Needs the extra tappa[eval].
+
+    Examples:
+
+    \b
+      tappa eval --limit 10 --lengths 2048
+      tappa eval model.gguf --tasks ruler,local --budgets 128,512 -o results
+      tappa eval model.gguf --methods "full,cake,tappa,tappa(gamma=0)" --data essays
+      tappa eval ./my-model --tasks longbench --data LongBench/data --chat
+    """
+    kit = _evaluation()
+    wanted = kit.Evaluation(
+        methods=kit.METHODS if methods is None else split_methods(methods),
+        budgets=[parse_budget(part) for part in _parts(budgets)],
+        tasks=_parts(tasks),
+        source=kit.Source(
+            limit=limit,
+            lengths=tuple(_whole(part, "a length") for part in _parts(lengths)),
+            seed=seed,
+            data=data,
+            chat=chat,
+        ),
+        baseline=baseline,
+        half=half,
+    )
+    wanted.cells()
+    kit.check_names(wanted.tasks, data)
+    part = _shard(shard)
+    check_writable_folder(out)
+    errors = Console(stderr=True)
+    with errors.status("loading the model"):
+        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _progress(errors, "evaluating", "samples") as bar:
+        task = bar.add_task("samples", total=None)
+        results = kit.evaluate(
+            *(loaded.model, loaded.tokenizer, wanted, out),
+            name="SmolLM2-135M-Instruct" if model is None else model,
+            shard=part,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(results.markdown)
+    print(kit.describe_outcome(results.outcome))
+    print(f"wrote {out / 'tables.md'}, results.json and samples.parquet")
+    if results.outcome.left:
+        raise KeyboardInterrupt
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def lm_eval_command(context: typer.Context) -> None:
+    """lm-evaluation-harness's own command line, which knows the model type "tappa".
+
+    Example:
+
+    \b
+      tappa lm-eval --model tappa --model_args pretrained=M,method=tappa,budget=512 --tasks ...
+    """
+    _evaluation()
+    from tappa.evaluation.harness import lm_eval_main
+
+    lm_eval_main(context.args)
+
+
 @app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -180,13 +303,49 @@ def methods(
     Console().print(render_methods(describe_methods()))
 
 
+def _evaluation() -> Any:
+    """The evaluation, whose libraries are an extra."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from tappa.evaluation import evaluate
+    except ImportError as error:
+        if error.name is not None and error.name.split(".")[0] == "tappa":
+            raise
+        raise EvaluationError(
+            f"{error.name} is missing: evaluation needs the extra, pip install 'tappa[eval]'"
+        ) from error
+    return evaluate
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str, what: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise EvaluationError(f"expected {what} as a whole number above 0, got {text!r}")
+    return value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8)."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise EvaluationError(f"expected a shard k/n with 0 <= k < n, such as 0/4, got {text!r}")
+    return int(part), int(parts)
+
+
 def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _progress(console: Console) -> Progress:
-    """A bar over prompts and layers, on stderr, gone when it is done."""
-    columns = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
+def _progress(console: Console, doing: str = "analysing", what: str = "layers") -> Progress:
+    """A bar on stderr, gone when it is done."""
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what))
     off = not console.is_terminal  # else a stray empty line is printed
     left = TimeRemainingColumn()
     return Progress(*columns, left, console=console, transient=True, disable=off)

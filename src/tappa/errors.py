@@ -29,5 +29,9 @@ class CompressionError(TappaError):
     """A method, a budget or a use of the compressed cache that cannot work."""
 
 
+class EvaluationError(TappaError):
+    """A task, a suite of tasks or a setting of an evaluation that cannot work."""
+
+
 class NonFiniteError(CaptureError):
     """NaN or infinity in the queries or keys of a layer."""

@@ -10,7 +10,13 @@ from tappa.compression.generation import (
     parse_budget,
     record,
 )
-from tappa.compression.methods import METHODS, Method, describe_methods
+from tappa.compression.methods import (
+    METHODS,
+    Method,
+    describe_methods,
+    parse_method,
+    split_methods,
+)
 from tappa.compression.writing import Written, write_on
 
 __all__ = [
@@ -25,6 +31,8 @@ __all__ = [
     "compressed",
     "describe_methods",
     "parse_budget",
+    "parse_method",
     "record",
+    "split_methods",
     "write_on",
 ]

@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -113,8 +115,8 @@ def tappa(
     per_head: bool = False,
     floor: float = 0.2,
     layer_floor: float = 0.0,
-    expected_share: float = 0.3,
-    gamma: float = 0.0,
+    expected_share: float = 0.1,
+    gamma: float = 200.0,
 ) -> Method:
     """Attention now and expected; layers by CAKE and (1 - S)^2, heads by score (tappa)."""
     rule = budgets.similarity(exponent, variant, per_head, cake_share)
@@ -145,6 +147,32 @@ METHODS: dict[str, Callable[..., Method]] = {
 def describe_methods() -> dict[str, str]:
     """Name and one line on each method, its source at the end."""
     return {name: (f.__doc__ or "").splitlines()[0] for name, f in METHODS.items()}
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """`tappa(gamma=50,per_head=true,variant=post_all_window)` -> its name and options.
+
+    Raises CompressionError for what is not of this form; names and options are not looked up.
+    """
+    found = re.fullmatch(r"\s*([a-z0-9_+]+)\s*(?:\((.*)\))?\s*", text)
+    if not found:
+        raise CompressionError(f"expected a method as name(option=value,...), got {text!r}")
+    options: dict[str, Any] = {}
+    for part in (found[2] or "").split(","):
+        if not part.strip():
+            continue
+        name, _, value = (x.strip() for x in part.partition("="))
+        try:
+            options[name] = Variant(*value.split("_")) if name == "variant" else json.loads(value)
+        except (ValueError, TypeError):
+            raise CompressionError(f"expected option=value, got {part!r} in {text!r}") from None
+    return found[1], options
+
+
+def split_methods(text: str) -> list[str]:
+    """`a,b(x=1,y=2)` -> its methods: a comma inside of brackets does not separate."""
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
+    return [part for part in parts if part]
 
 
 def method_named(name: "str | Method", **options: Any) -> Method:

@@ -1,0 +1,1 @@
+"""Evaluating compressed caches with lm-evaluation-harness."""

@@ -1,0 +1,159 @@
+"""The whole flow of `tappa eval`: samples, answers on disk, tables."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tappa.errors import EvaluationError
+from tappa.evaluation.grid import Outcome, Progress, describe_run, fingerprint, run_grid, start_run
+from tappa.evaluation.samples import Sample
+from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
+from tappa.evaluation.suites import Source, samples_of
+from tappa.evaluation.tables import (
+    Table,
+    as_json,
+    memory_markdown,
+    read_samples,
+    tables_of,
+    to_markdown,
+)
+from tappa.files import write_atomic
+
+__all__ = [
+    *("METHODS", "Evaluation", "Results", "Source", "check_names", "describe_outcome", "evaluate"),
+]
+METHODS = (
+    *("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "cake", "tappa_paper", "tappa"),
+)
+BUDGETS = (128, 256, 512, 1024)
+TASKS = ("fidelity",)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is to be evaluated. `baseline` (cake, or the first method) is what others are held to.
+
+    `half` "tune" takes the samples of even number, "report" those of odd number: what was chosen on
+    one half is to be judged on the other.
+    """
+
+    methods: Sequence[str] = METHODS
+    budgets: Sequence[int | float] = BUDGETS
+    tasks: Sequence[str] = TASKS
+    source: Source = field(default_factory=Source)
+    baseline: str | None = None
+    half: str | None = None
+
+    def cells(self) -> list[Cell]:
+        """All methods × budgets. Raises CompressionError, EvaluationError."""
+        if not self.methods or not self.budgets or not self.tasks:
+            raise EvaluationError("expected at least one method, one budget and one task")
+        if self.half not in (None, "tune", "report"):
+            raise EvaluationError(f"expected half tune or report, got {self.half!r}")
+        self.against()
+        return cells_of(self.methods, self.budgets)
+
+    def against(self) -> str:
+        """The method that the others are compared with."""
+        if self.baseline is None:
+            return "cake" if "cake" in self.methods else self.methods[0]
+        if self.baseline not in self.methods:
+            raise EvaluationError(
+                f"expected a baseline out of {', '.join(self.methods)}, got {self.baseline!r}"
+            )
+        return self.baseline
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of all that is finished, and what this run did for them."""
+
+    tables: list[Table]
+    outcome: Outcome
+    markdown: str
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    name: str = "",
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+    say: Say = lambda text: None,
+) -> Results:
+    """Answer all samples in all cells, and write tables.
+
+    `folder` gets `grid.json` (what was asked, versions, device), `tasks/` (prompts), `samples/`
+    (answers and scores of every sample), `samples.parquet` (the same as a table), `results.json`
+    and `tables.md`. A folder that has some answers already gets the others.
+
+        results = evaluate(model, tokenizer, Evaluation(tasks=["local"]), Path("results"))
+        print(results.markdown)
+
+    Raises TappaError of several kinds; answers that are written stay.
+    """
+    cells = evaluation.cells()
+    lm = GridLM(model, tokenizer)
+    source = evaluation.source
+    identity = {
+        "model": name or type(model).__name__,
+        "weights": fingerprint(model),
+        "methods": list(evaluation.methods),
+        "budgets": list(evaluation.budgets),
+        "tasks": list(evaluation.tasks),
+        "half": evaluation.half,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "source": asdict(source) | {"data": None if source.data is None else str(source.data)},
+    }
+    start_run(folder, identity, describe_run(lm))
+    say("preparing tasks")
+    samples = _half(samples_of(evaluation.tasks, lm, source, folder / "tasks"), evaluation.half)
+    if not samples:
+        raise EvaluationError("expected at least one sample, the tasks have none")
+    outcome = run_grid(lm, samples, cells, folder, shard=shard, progress=progress)
+    return Results(*_write_tables(folder, evaluation, outcome), markdown=_read(folder))
+
+
+def describe_outcome(outcome: Outcome) -> str:
+    """What a run did, in one or two lines."""
+    text = f"{outcome.answered} samples answered, {outcome.found} were there already"
+    if outcome.left:
+        text += f", {outcome.left} left by the interrupt: run the same command to go on"
+    if outcome.prefills:
+        text += (
+            f"\n{outcome.prefills} prompts read once for {outcome.cells} cells, in "
+            f"{outcome.prefill_seconds:.1f} s: reading them for each cell would have taken about "
+            f"{outcome.seconds_saved:.0f} s more"
+        )
+    return text
+
+
+def _half(samples: list[Sample], half: str | None) -> list[Sample]:
+    if half is None:
+        return samples
+    return [sample for sample in samples if sample.number % 2 == (half == "report")]
+
+
+def _write_tables(
+    folder: Path, evaluation: Evaluation, outcome: Outcome
+) -> tuple[list[Table], Outcome]:
+    frame = read_samples(folder)
+    tables = tables_of(frame, evaluation.against(), evaluation.source.seed)
+    content: dict[str, Any] = {"schema": 1, "tables": as_json(tables)}
+    write_atomic(folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
+    write_atomic(folder / "samples.parquet", frame.drop(columns="order").to_parquet(index=False))
+    parts = [*map(to_markdown, tables), memory_markdown(frame)]
+    write_atomic(folder / "tables.md", "\n".join(parts))
+    return tables, outcome
+
+
+def _read(folder: Path) -> str:
+    return (folder / "tables.md").read_text(encoding="utf-8")

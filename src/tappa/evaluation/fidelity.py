@@ -1,0 +1,91 @@
+"""How far a compressed cache leads the model astray, token by token, on real text."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tappa.compression import CompressedCache
+from tappa.errors import EvaluationError
+from tappa.evaluation.harness import continuation_logits
+
+NEXT = 64  # tokens that follow the context
+
+
+def windows(ids: Sequence[int], tokens: int, count: int, seed: int = 0) -> list[list[int]]:
+    """`count` windows of `tokens` that start anywhere in a text; the same for the same seed.
+
+    Those of even number lie in the first half of the text, those of odd number in the second: what
+    is chosen on one half can be judged on the other. Raises EvaluationError for too short a text.
+    """
+    middle = len(ids) // 2
+    if middle <= tokens:
+        raise EvaluationError(
+            f"expected a text of more than {2 * tokens} tokens for windows of {tokens}, "
+            f"got {len(ids)}"
+        )
+    found = []
+    for number in range(count):
+        low, high = (0, middle) if number % 2 == 0 else (middle, len(ids))
+        start = random.Random(f"{seed}/{number}").randrange(low, high - tokens)
+        found.append(list(ids[start : start + tokens]))
+    return found
+
+
+class Reference:
+    """What the full cache says of the tokens that follow a context."""
+
+    def __init__(self, full: CompressedCache, last: int, following: Sequence[int]) -> None:
+        self.last, self.following = last, list(following)
+        self.logits, self.outputs = self._run(full)
+
+    def compare(self, cache: CompressedCache) -> dict[str, Any]:
+        """Means over the following tokens of a compressed cache against the full one.
+
+        - `kl`: divergence `sum p_full (log p_full - log p)` in nats
+        - `top1`: how often both have the same most probable token
+        - `nll`: -log p of the true token
+        - `attention_error`: mean over layers of `|o - o_full| / |o_full|`, o the output of the
+          attention module; `layers` has it for each layer
+        """
+        logits, outputs = self._run(cache)
+        targets = torch.tensor(self.following, device=logits.device)[:, None]
+        kl = (self.logits.exp() * (self.logits - logits)).sum(-1)
+        same = logits.argmax(-1) == self.logits.argmax(-1)
+        layers = [
+            float((a - b).norm() / b.norm().clamp_min(1e-30))
+            for a, b in zip(outputs, self.outputs, strict=True)
+        ]
+        return {
+            "kl": float(kl.mean()),
+            "top1": float(same.float().mean()),
+            "nll": -float(logits.gather(1, targets).mean()),
+            "attention_error": sum(layers) / len(layers),
+            "layers": layers,
+        }
+
+    def _run(self, cache: CompressedCache) -> tuple[Float[Tensor, "new vocabulary"], list[Tensor]]:
+        with attention_outputs(cache.model) as outputs:
+            logits = continuation_logits(cache, self.last, self.following)
+        return logits, outputs
+
+
+@contextmanager
+def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of all attention modules, in the order of the layers, of one forward pass."""
+    outputs: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).float())
+
+    attention = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")]
+    handles = [module.register_forward_hook(see) for module in attention]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

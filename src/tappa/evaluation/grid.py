@@ -1,0 +1,228 @@
+"""Methods × budgets × samples: every sample is one file, and the folder is the state of the run."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tappa.errors import EvaluationError
+from tappa.evaluation.samples import Sample, digest_of
+from tappa.evaluation.shared_prefill import Cell, GridLM
+from tappa.files import ensure_folder, write_atomic
+
+SCHEMA = 1
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Outcome:
+    """What a run did: samples that were answered now, found on disk, and left by an interrupt."""
+
+    answered: int = 0
+    found: int = 0
+    left: int = 0
+    prefill_seconds: float = 0.0
+    prefills: int = 0
+    cells: int = 0
+
+    @property
+    def seconds_saved(self) -> float:
+        """Time that reading every prompt again for each cell would have taken on top."""
+        return self.prefill_seconds * (self.cells - 1)
+
+
+def run_grid(
+    lm: GridLM,
+    samples: Sequence[Sample],
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> Outcome:
+    """Answer every sample in every cell; `folder/samples/TASK/NUMBER.json` has the answers.
+
+    Each file is written at once when its sample is done. Those that are there are kept, so that a
+    run that was killed goes on where it was. `shard` (k, n) takes every n-th sample from the k-th:
+    n processes may fill one folder together. At the first interrupt the sample at hand is finished,
+    at the second all stops at once.
+
+    Raises EvaluationError for a file of another grid, OutputError where none can be written.
+    """
+    mine = [s for place, s in enumerate(samples) if place % shard[1] == shard[0]]
+    outcome = Outcome(cells=len(cells))
+    lm.cells = list(cells)
+    with _finish_first() as interrupted:
+        for place, sample in enumerate(mine):
+            if progress is not None:
+                progress(place, len(mine))
+            path = sample_file(folder, sample)
+            if path.exists():
+                check_sample(path, sample, cells)
+                outcome.found += 1
+                continue
+            if interrupted():
+                outcome.left += 1
+                continue
+            ensure_folder(path.parent)
+            write_atomic(path, json.dumps(_answer(lm, sample, cells)))
+            outcome.answered += 1
+    if progress is not None:
+        progress(len(mine) - outcome.left, len(mine))
+    outcome.prefill_seconds, outcome.prefills = lm.prefill_seconds, lm.prefills
+    return outcome
+
+
+def sample_file(folder: Path, sample: Sample) -> Path:
+    """Where the answers to a sample are."""
+    return folder / "samples" / sample.task / f"{sample.number:05}.json"
+
+
+def check_sample(path: Path, sample: Sample, cells: Sequence[Cell]) -> None:
+    """Whether a file holds the answers to this sample in these cells. Raises EvaluationError."""
+    record = read_json(path)
+    if record.get("digest") != sample.digest:
+        raise EvaluationError(f"{path} answers another prompt: choose another output folder")
+    there = [(answer["method"], answer["budget"]) for answer in record["answers"]]
+    if there != [(cell.method, cell.budget) for cell in cells]:
+        raise EvaluationError(f"{path} has other methods or budgets: choose another output folder")
+
+
+def _answer(lm: GridLM, sample: Sample, cells: Sequence[Cell]) -> dict[str, Any]:
+    lm.forget()
+    answers, before = [], lm.prefill_seconds
+    for cell in cells:
+        lm.cell, lm.used = cell, []
+        start, prefill = time.perf_counter(), lm.prefill_seconds
+        try:
+            answer = sample.answer(lm)
+        except torch.OutOfMemoryError as error:
+            raise EvaluationError(
+                f"out of memory in {sample.task} {sample.number}, {cell}: {str(error)[:200]}"
+            ) from error
+        seconds = time.perf_counter() - start - (lm.prefill_seconds - prefill)
+        caches = max(len(lm.used), 1)
+        size = {
+            "tokens_held": round(sum(held for held, _ in lm.used) / caches, 3),
+            "nbytes": round(sum(nbytes for _, nbytes in lm.used) / caches),
+            "seconds": round(seconds, 4),
+        }
+        answers.append(asdict(cell) | answer | size)
+    lm.forget()
+    return {
+        "schema": SCHEMA,
+        "suite": sample.suite,
+        "task": sample.task,
+        "number": sample.number,
+        "digest": sample.digest,
+        "prefill_seconds": round(lm.prefill_seconds - before, 4),
+        "answers": answers,
+    }
+
+
+def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write `grid.json`: what decides the answers (identity), and how they came about (run).
+
+    Raises EvaluationError where the folder belongs to another grid, naming what differs.
+    """
+    ensure_folder(folder)
+    path = folder / "grid.json"
+    if path.exists():
+        known = read_json(path).get("identity", {})
+        wanted = json.loads(json.dumps(identity))
+        for key in wanted.keys() | known.keys():
+            if known.get(key) != wanted.get(key):
+                raise EvaluationError(
+                    f"{folder} holds results of another grid: {key} is {known.get(key)!r} there "
+                    f"and {wanted.get(key)!r} now; choose another output folder"
+                )
+        return
+    write_atomic(path, json.dumps({"schema": SCHEMA, "identity": identity, "run": run}, indent=1))
+
+
+def describe_run(lm: GridLM) -> dict[str, Any]:
+    """Versions, commit, device and time: what a reader needs to judge the results."""
+    packages = ("tappa", "torch", "transformers", "lm_eval", "datasets", "scipy", "numpy")
+    device = lm.device
+    cuda = device.type == "cuda"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "attention": lm.model.config._attn_implementation,
+        "chat_template": digest_of(lm.tokenizer.chat_template),
+    }
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the weights: names, shapes, and every 997th number of each tensor."""
+    parts: list[Any] = []
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[::997].float().cpu()
+        parts.append((name, list(tensor.shape), few.double().sum().item(), few.abs().sum().item()))
+    return digest_of(parts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file of a run. Raises EvaluationError for what is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise EvaluationError(f"expected results of this version of tappa in {path}")
+    return found
+
+
+@contextmanager
+def _finish_first() -> Iterator[Callable[[], bool]]:
+    """The first interrupt only sets a flag; the second is a KeyboardInterrupt."""
+    seen = 0
+
+    def note(*args: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, if tappa runs out of one."""
+    here = Path(__file__).parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+    done = subprocess.run(
+        [git, "-C", os.fspath(here), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None

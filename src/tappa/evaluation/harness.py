@@ -1,0 +1,200 @@
+"""lm-evaluation-harness with a compressed KV cache: the model type `tappa`.
+
+Every prompt is read up to its last token, compressed, and then answered: the last token of the
+prompt and all that follows sees only what the cache still holds. lm-eval does the rest.
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lm_eval.models  # noqa: F401  (first: the registry of lm-eval's own models)
+import torch
+from jaxtyping import Float, Int
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import tappa
+from tappa.compression import CompressedCache, check_method, parse_budget
+from tappa.errors import EvaluationError
+
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the strings; context, continuation
+_OF_HFLM = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs", "pretrained"}
+
+
+@register_model("tappa")
+class TappaLM(HFLM):
+    """lm-eval's HFLM whose answers come out of a compressed cache, a fresh one for each batch.
+
+        tappa lm-eval --model tappa --model_args pretrained=M,method=tappa,budget=512 --tasks ...
+        lm_eval.simple_evaluate(model=TappaLM(model, tokenizer=tokenizer, budget=512), tasks=[...])
+
+    `pretrained` is what `tappa.load` takes, or a model in memory with its `tokenizer`. `budget` is
+    in tokens per layer and KV head, or a share of the prompt; with `evict` it is also kept while
+    answering, by default the answer comes on top, as in the papers of the methods. Arguments that
+    neither tappa nor HFLM knows are options of the method.
+
+    A log-likelihood is that of a continuation after the compressed context. A context of one token
+    (as in rolling log-likelihoods) has nothing to compress.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel | None = None,
+        method: str = "tappa",
+        budget: int | float | str = 512,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        analysis: str | Path | None = None,
+        evict: bool = False,
+        every: int = 16,
+        device: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **others: Any,
+    ) -> None:
+        size = parse_budget(budget) if isinstance(budget, str) else budget
+        of_method = {name: value for name, value in others.items() if name not in _OF_HFLM}
+        check_method(method, size, **of_method)  # before anything is loaded
+        if isinstance(pretrained, str) or pretrained is None:
+            pretrained, tokenizer = tappa.load(
+                pretrained,
+                device=device or "auto",
+                dtype=dtype,
+                trust_remote_code=bool(trust_remote_code),
+            )
+        elif tokenizer is None:
+            raise EvaluationError("expected a tokenizer with a model in memory")
+        of_hflm = {name: value for name, value in others.items() if name in _OF_HFLM}
+        log = logging.getLogger("lm_eval.models.huggingface")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of models in memory
+        try:
+            super().__init__(pretrained=pretrained, tokenizer=cast(Any, tokenizer), **of_hflm)
+        finally:
+            log.setLevel(level)
+        self.method, self.budget, self.evict = method, size, evict
+        self.options = {"analysis": analysis, "every": every} | of_method
+        self.new_cache()  # what cannot work is refused now, not after the first prompt
+
+    def new_cache(self) -> CompressedCache:
+        """A cache for one batch."""
+        return tappa.compressed(
+            cast(PreTrainedModel, self.model), self.method, self.budget, **self.options
+        )
+
+    def cache_of(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> CompressedCache:
+        """A cache that has read prompts, all but their last tokens."""
+        cache = self.new_cache()
+        read(cache, ids, mask)
+        return cache
+
+    def _model_generate(
+        self,
+        context: Int[Tensor, "rows tokens"],
+        max_length: int,
+        stop: list[str],
+        attention_mask: Int[Tensor, "rows tokens"] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Called by lm-eval with a batch of prompts, padded on the left."""
+        mask = torch.ones_like(context) if attention_mask is None else attention_mask
+        cache = self.cache_of(context, mask)
+        cache.frozen = not self.evict
+        return super()._model_generate(
+            context, max_length, stop, attention_mask=mask, past_key_values=cache, **kwargs
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Pair],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Called by lm-eval: (log-likelihood, whether greedy) of every continuation.
+
+        Every context is read once, and each continuation gets a copy of its cache.
+        """
+        found: dict[int, tuple[float, bool]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(tuple(request[1]), []).append(number)
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="scoring")
+        for context, numbers in groups.items():
+            room = self.max_length + 1 - max(len(requests[n][2]) for n in numbers)
+            ids = torch.tensor([context[-room:]], device=self.device)
+            cache = self.cache_of(ids, torch.ones_like(ids))
+            for number in numbers:
+                strings, _, continuation = requests[number]
+                answer = score_continuation(cache.copy(), ids, continuation)
+                found[number] = answer
+                if strings is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings, answer)
+                bar.update(1)
+        bar.close()
+        return [found[number] for number in range(len(requests))]
+
+
+def read(
+    cache: CompressedCache, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+) -> None:
+    """Read prompts into a cache, all but the last token, which is to see them compressed.
+
+    Nothing is read where a prompt has no other token.
+    """
+    before = mask[:, :-1]
+    if ids.shape[1] < 2 or not bool(before.any(1).all()):
+        return
+    positions = (before.cumsum(1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        cache.model(
+            ids[:, :-1],
+            attention_mask=before,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+
+
+def continuation_logits(
+    cache: CompressedCache, last: int, continuation: Sequence[int]
+) -> Float[Tensor, "new vocabulary"]:
+    """Log-probabilities at every token of a continuation, on a cache that lacks `last`.
+
+    Nothing is dropped from the cache meanwhile.
+    """
+    cache.frozen = True
+    tail = torch.tensor([[last, *continuation[:-1]]], device=next(cache.model.parameters()).device)
+    with torch.inference_mode():
+        logits = cache.model(tail, past_key_values=cache).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def score_continuation(
+    cache: CompressedCache, ids: Int[Tensor, "1 tokens"], continuation: Sequence[int]
+) -> tuple[float, bool]:
+    """Its log-likelihood, and whether every token is the most probable one."""
+    logits = continuation_logits(cache, int(ids[0, -1]), continuation)
+    targets = torch.tensor(continuation, device=logits.device)
+    each = logits.gather(1, targets[:, None])
+    return float(each.sum()), bool((logits.argmax(-1) == targets).all())
+
+
+def lm_eval_main(arguments: Sequence[str]) -> None:
+    """lm-eval's own command line, which now knows the model type `tappa`."""
+    from lm_eval.__main__ import cli_evaluate
+
+    before = sys.argv
+    sys.argv = ["lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

@@ -1,0 +1,187 @@
+"""From names to samples: which suites and tasks there are, and where their data come from."""
+
+import difflib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import Task
+
+from tappa.errors import EvaluationError
+from tappa.evaluation.choice_suite import write_choice_suite
+from tappa.evaluation.fidelity import NEXT, windows
+from tappa.evaluation.local_suite import write_local_suite
+from tappa.evaluation.longbench import TASKS as LONGBENCH
+from tappa.evaluation.longbench import write_longbench
+from tappa.evaluation.ruler import write_ruler
+from tappa.evaluation.samples import Sample, TextSample, samples_of_task
+from tappa.evaluation.shared_prefill import GridLM
+from tappa.texts import packaged_text, read_text
+
+TEXT_TASKS = ("fidelity", "perplexity")
+SUITES = (*TEXT_TASKS, "ruler", "longbench", "local", "choice")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from, and how many."""
+
+    limit: int = 50  # samples of a task
+    lengths: tuple[int, ...] = (4096,)  # tokens of prompts, where a task can choose
+    seed: int = 0
+    data: Path | None = None  # folder of texts (*.txt) and of LongBench (*.jsonl)
+    chat: bool = False  # prompts go through the chat template
+
+
+def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -> list[Sample]:
+    """Samples of suites (`ruler`), their tasks (`ruler_vt_4096`), and any task of lm-eval.
+
+    Task files are written below `folder`. Raises EvaluationError for a name that is neither, for
+    missing or malformed data, and where a length is more than the model's context.
+    """
+    for length in source.lengths:
+        if length > lm.max_length:
+            raise EvaluationError(
+                f"{length} tokens are more than the model's context of {lm.max_length}"
+            )
+    found: list[Sample] = []
+    for name in dict.fromkeys(names):
+        suite = name.split("_")[0]
+        if name in TEXT_TASKS:
+            found += _text_samples(name, lm, source)
+        elif suite in SUITES:
+            found += _suite_samples(suite, name, lm, source, folder / suite)
+        else:
+            found += _samples("lm-eval", _tasks_of_lm_eval(name), lm, source)
+    return found
+
+
+def check_names(names: Sequence[str], data: Path | None) -> None:
+    """What can be refused before a model is loaded. Raises EvaluationError."""
+    if data is not None and not data.is_dir():
+        raise EvaluationError(f"expected a folder of data, got {data}, which is none")
+    for name in names:
+        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.8)
+        if close and name not in SUITES:
+            raise EvaluationError(_unknown(name, SUITES))
+
+
+def texts_of(data: Path | None) -> list[str]:
+    """The text files of a folder, or the packaged text where there are none."""
+    files = sorted(data.glob("*.txt")) if data is not None else []
+    return [read_text(file) for file in files] or [packaged_text()]
+
+
+def _text_samples(task: str, lm: GridLM, source: Source) -> list[Sample]:
+    ids = lm.tokenizer("\n\n".join(texts_of(source.data)), verbose=False).input_ids
+    found: list[Sample] = []
+    for length in source.lengths:
+        context = length - NEXT if task == "fidelity" else length // 2
+        for number, window in enumerate(windows(ids, length, source.limit, source.seed)):
+            name = f"{task}_{length}" if len(source.lengths) > 1 else task
+            sample = TextSample(task, number, window[:context], window[context:])
+            sample.task = name
+            found.append(sample)
+    return found
+
+
+def _suite_samples(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[Sample]:
+    names = _WRITERS[suite](name, lm, source, folder)
+    return _samples(suite, _tasks_in(folder, names), lm, source)
+
+
+def _samples(suite: str, tasks: list[Task], lm: GridLM, source: Source) -> list[Sample]:
+    return [
+        sample
+        for task in tasks
+        for sample in samples_of_task(suite, task, lm, source.limit, source.chat)
+    ]
+
+
+def _tasks_in(folder: Path, names: list[str]) -> list[Task]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with warnings.catch_warnings():  # of a library that would like a faster one
+        warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")
+        loaded = manager.load(names)["tasks"]
+    return [loaded[name] for name in names]
+
+
+def _tasks_of_lm_eval(name: str) -> list[Task]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    if name not in manager.all_tasks:
+        raise EvaluationError(_unknown(name, [*SUITES, *manager.all_tasks]))
+    try:
+        return list(manager.load([name])["tasks"].values())
+    except Exception as error:  # no network, no such data: whatever its loader raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EvaluationError(f"cannot load the task {name}: {reason}") from error
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"unknown task {name!r}, expected one of {', '.join(SUITES)}, or a task of lm-eval{hint}"
+
+
+def _ruler(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
+    """`ruler`, a task of it at all lengths (`ruler_vt`), or at one (`ruler_vt_4096`)."""
+    task, lengths = name, source.lengths
+    head, _, tail = name.rpartition("_")
+    if tail.isdigit() and int(tail) >= 1000:
+        task, lengths = head, (int(tail),)
+    has_text = source.data is not None and any(source.data.glob("*.txt"))
+    return write_ruler(
+        folder,
+        lm.tokenizer,
+        tasks=None if task == "ruler" else [task],
+        lengths=lengths,
+        per_task=source.limit,
+        seed=source.seed,
+        essays=source.data if has_text else None,
+    )
+
+
+def _longbench(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
+    """`longbench`, all tasks whose files the data folder has (or all of the hub), or one task."""
+    tasks = [name]
+    if name == "longbench":
+        tasks = list(LONGBENCH)
+        if source.data is not None:
+            tasks = [task for task in LONGBENCH if (source.data / f"{task}.jsonl").is_file()]
+            if not tasks:
+                raise EvaluationError(f"expected LongBench's <task>.jsonl files in {source.data}")
+    return write_longbench(folder, source.data, lm.tokenizer, tasks=tasks, context=lm.max_length)
+
+
+def _local(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
+    options: dict[str, Any] = {
+        "per_task": source.limit,
+        "lengths": source.lengths,
+        "seed": source.seed,
+    }
+    return _chosen(name, "local", write_local_suite(folder, lm.tokenizer, **options))
+
+
+def _choice(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
+    names = write_choice_suite(folder, per_task=source.limit, seed=source.seed)
+    return _chosen(name, "choice", names)
+
+
+def _chosen(name: str, suite: str, tasks: list[str]) -> list[str]:
+    if name not in (suite, *tasks):
+        raise EvaluationError(_unknown(name, tasks))
+    return tasks if name == suite else [name]
+
+
+_WRITERS: dict[str, Callable[[str, GridLM, Source, Path], list[str]]] = {
+    "ruler": _ruler,
+    "longbench": _longbench,
+    "local": _local,
+    "choice": _choice,
+}

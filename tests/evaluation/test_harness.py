@@ -1,0 +1,185 @@
+"""The model type `tappa` of lm-eval, on the packaged SmolLM2."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from transformers import DynamicCache
+
+import tappa
+from tappa.errors import CompressionError, EvaluationError
+from tappa.evaluation.harness import TappaLM, read, score_continuation
+from tappa.models import LoadedModel
+from tappa.texts import packaged_text
+
+pytestmark = pytest.mark.xdist_group("smollm2")
+TEXTS = [packaged_text()[start : start + size] for start, size in ((0, 900), (3000, 500))]
+PROMPTS = [f"{text}\n\nThe narrator of this text" for text in TEXTS] + ["The sun is a"]
+OTHERS = {"until": ["\n\n"], "max_gen_toks": 11, "do_sample": False}
+
+
+def made(smollm2: LoadedModel, method: str, budget: int, batch: int = 1) -> TappaLM:
+    return TappaLM(smollm2.model, method, budget, tokenizer=smollm2.tokenizer, batch_size=batch)
+
+
+def requests(kind: str, arguments: list) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=argument, idx=number)
+        for number, argument in enumerate(arguments)
+    ]
+
+
+def answers(lm: HFLM) -> list[str]:
+    return lm.generate_until(
+        requests("generate_until", [(p, OTHERS) for p in PROMPTS]), disable_tqdm=True
+    )
+
+
+def likelihoods(lm: HFLM) -> list[tuple[float, bool]]:
+    pairs = [(p, c) for p in PROMPTS for c in (" is a woman", " of", " was not there at all")]
+    return lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: LoadedModel) -> HFLM:
+    return HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=1)
+
+
+def test_lm_eval_knows_the_type() -> None:
+    assert get_model("tappa") is TappaLM
+    assert get_model("hf") is HFLM
+
+
+@pytest.mark.parametrize(("method", "budget"), [("full", 512), ("tappa", 2000)])
+def test_without_compression_it_is_hflm(
+    smollm2: LoadedModel, plain: HFLM, method: str, budget: int
+) -> None:
+    lm = made(smollm2, method, budget)
+    assert answers(lm) == answers(plain)
+    for mine, theirs in zip(likelihoods(lm), likelihoods(plain), strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=1e-3)
+        assert mine[1] == theirs[1]
+
+
+@pytest.mark.parametrize("method", ["streaming_llm", "tappa", "h2o"])
+def test_compression_changes_answers(smollm2: LoadedModel, plain: HFLM, method: str) -> None:
+    lm = made(smollm2, method, 40)
+    mine, theirs = likelihoods(lm), likelihoods(plain)
+    moved = [abs(a[0] - b[0]) for a, b in zip(mine, theirs, strict=True)]
+    assert min(moved[:6]) > 1e-3  # the long prompts
+    assert max(moved[6:]) < 1e-3  # the short one fits into the budget
+    assert answers(lm)[2] == answers(plain)[2]
+
+
+@pytest.mark.parametrize("method", ["full", "streaming_llm", "snapkv", "tappa"])
+def test_a_padded_batch_gives_the_answers_of_one_by_one(smollm2: LoadedModel, method: str) -> None:
+    assert answers(made(smollm2, method, 48, batch=3)) == answers(made(smollm2, method, 48))
+
+
+def test_a_continuation_is_scored_on_the_compressed_context(smollm2: LoadedModel) -> None:
+    """By hand: prefill, compress, feed the last token and the continuation one by one."""
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    ids = tokenizer(TEXTS[1], return_tensors="pt").input_ids
+    continuation = tokenizer(" of the house").input_ids
+    with torch.inference_mode():
+        cache = tappa.compressed(model, "snapkv", 40)
+        model(ids[:, :-1], past_key_values=cache)
+        assert cache.tokens_held() == 40
+        cache.frozen = True
+        total = 0.0
+        for last, token in zip([int(ids[0, -1]), *continuation], continuation, strict=False):
+            logits = model(torch.tensor([[last]]), past_key_values=cache).logits[0, -1]
+            total += float(logits.float().log_softmax(-1)[token])
+    lm = made(smollm2, "snapkv", 40)
+    found = lm._loglikelihood_tokens([(None, ids[0].tolist(), continuation)], disable_tqdm=True)
+    assert found[0][0] == pytest.approx(total, abs=1e-4)
+
+
+def test_what_a_copy_scores_does_not_touch_the_next(smollm2: LoadedModel) -> None:
+    ids = smollm2.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    cache = tappa.compressed(smollm2.model, "tappa", 48)
+    read(cache, ids, torch.ones_like(ids))
+    first = score_continuation(cache.copy(), ids, [5, 7])
+    score_continuation(cache.copy(), ids, [11, 13, 17])
+    assert score_continuation(cache.copy(), ids, [5, 7]) == first
+    assert cache.tokens_seen == ids.shape[1] - 1
+
+
+def test_a_context_of_one_token_and_a_batch_with_one(smollm2: LoadedModel, plain: HFLM) -> None:
+    lm = made(smollm2, "tappa", 48)
+    pair = [(None, [100], [200, 300])]
+    found, wanted = (m._loglikelihood_tokens(pair, disable_tqdm=True)[0][0] for m in (lm, plain))
+    assert found == pytest.approx(wanted, abs=1e-3)
+    ids = torch.tensor([[0, 0, 7], [3, 5, 7]])
+    cache = lm.new_cache()
+    read(cache, ids, torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    assert cache.tokens_seen == 0  # the first row has no token before its last
+
+
+def test_the_longest_context_is_cut_on_the_left(smollm2: LoadedModel) -> None:
+    lm = TappaLM(smollm2.model, "full", tokenizer=smollm2.tokenizer, max_length=64, batch_size=1)
+    ids = smollm2.tokenizer(TEXTS[0]).input_ids
+    continuation = [5, 7, 11]
+    long, cut = (
+        lm._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)[0]
+        for context in (ids, ids[-62:])
+    )
+    assert long == cut
+
+
+def test_options_of_the_method_and_of_hflm(smollm2: LoadedModel) -> None:
+    lm = TappaLM(
+        smollm2.model,
+        "tappa",
+        "0.25",
+        tokenizer=smollm2.tokenizer,
+        gamma=0.0,
+        max_length=512,
+        every=4,
+    )
+    assert (lm.budget, lm.max_length) == (0.25, 512)
+    assert lm.new_cache().every == 4
+    ids = smollm2.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    cache = lm.new_cache()
+    read(cache, ids, torch.ones_like(ids))
+    assert cache.tokens_held() <= 0.25 * ids.shape[1]
+
+
+def test_with_evict_the_budget_is_kept_while_answering(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = smollm2.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    held = {}
+    for evict in (False, True):
+        lm = TappaLM(smollm2.model, "snapkv", 48, tokenizer=smollm2.tokenizer, evict=evict)
+        cache = lm.cache_of(ids, torch.ones_like(ids))
+        monkeypatch.setattr(lm, "cache_of", lambda *prompt, cache=cache: cache)
+        lm._model_generate(ids, ids.shape[1] + 20, [])
+        held[evict] = cache.tokens_held()
+    assert held[True] <= 48 < held[False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"method": "snapvk"}, CompressionError, "did you mean 'snapkv'"),
+        ({"budget": 5}, CompressionError, "at least 32 tokens"),
+        ({"budget": "many"}, CompressionError, "expected a budget"),
+        ({"gama": 1.0}, CompressionError, "no option 'gama'"),
+        ({"tokenizer": None}, EvaluationError, "expected a tokenizer"),
+    ],
+)
+def test_bad_arguments(
+    smollm2: LoadedModel, arguments: dict, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        TappaLM(smollm2.model, **({"tokenizer": smollm2.tokenizer} | arguments))
+
+
+def test_the_model_is_left_as_it_was(smollm2: LoadedModel) -> None:
+    ids = smollm2.tokenizer(TEXTS[1], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        before = smollm2.model(ids, past_key_values=DynamicCache()).logits
+        answers(made(smollm2, "tappa", 48))
+        assert torch.equal(before, smollm2.model(ids, past_key_values=DynamicCache()).logits)
