@@ -16,14 +16,14 @@ import torch
 
 import tappa
 from tappa.errors import CompressionError, EvaluationError
-from tappa.evaluation.evaluate import Evaluation, Source, describe_outcome, evaluate
+from tappa.evaluation.evaluate import Evaluation, describe_outcome, evaluate
 from tappa.evaluation.fidelity import Reference, windows
 from tappa.evaluation.grid import run_grid
 from tappa.evaluation.harness import TappaLM, read
 from tappa.evaluation.samples import TextSample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
 from tappa.evaluation.statistics import paired_difference
-from tappa.evaluation.suites import check_names, samples_of
+from tappa.evaluation.suites import Source, check_names, samples_of
 from tappa.evaluation.tables import read_samples, tables_of, to_markdown
 from tappa.models import LoadedModel
 from tappa.texts import packaged_text
@@ -50,9 +50,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def without_times(content: bytes) -> dict[str, Any]:
     record = json.loads(content)
-    for answer in record["answers"]:
-        del answer["seconds"]
-    return record | {"prefill_seconds": 0}
+    return record | {"prefill_seconds": 0, "cells_seconds": 0}
 
 
 # ---- cells and prompts
@@ -84,7 +82,8 @@ def test_a_shared_prefill_answers_as_a_prefill_of_its_own(lm: GridLM, cell: Cell
     """h2o's statistics over all queries included."""
     ids = torch.tensor([lm.tokenizer(packaged_text()[:700]).input_ids])
     lm.forget()
-    lm.cells, lm.cell = list(CELLS), cell
+    lm.cells = list(CELLS)
+    lm.answering([cell])
     shared = lm.cache_of(ids, torch.ones_like(ids))
     name, options = tappa.compression.parse_method(cell.method)
     alone = tappa.compressed(lm.model, name, cell.budget, **options)
@@ -130,6 +129,19 @@ def test_the_grid_scores_as_lm_eval_does(lm: GridLM, smollm2: LoadedModel, tmp_p
         assert mine["value"].tolist() == [pytest.approx(s[metric]) for s in samples]
 
 
+def test_cells_that_write_side_by_side_write_what_each_writes_alone(
+    lm: GridLM, tmp_path: Path
+) -> None:
+    sample = samples_of(["local_single_doc"], lm, Source(1, (700,)), tmp_path)[0]
+    lm.cells = cells_of(["full", "snapkv", "tappa", "cake", "streaming_llm"], [40, 64])
+    lm.forget()
+    together = sample.answers(lm, lm.cells)
+    lm.forget()
+    alone = [sample.answers(lm, [cell])[0] for cell in lm.cells]
+    assert together == alone
+    assert len({answer["response"][0] for answer in together}) > 2
+
+
 # ---- fidelity
 
 
@@ -137,10 +149,8 @@ def test_fidelity_of_the_full_cache_is_perfect_and_falls_with_the_budget(lm: Gri
     sample = text_samples(lm, 1)[0]
     lm.forget()
     lm.cells = cells_of(["full", "streaming_llm"], [36, 150])
-    found = {}
-    for cell in lm.cells:
-        lm.cell = cell
-        found[cell.budget] = sample.answer(lm)
+    answers = sample.answers(lm, lm.cells)
+    found = {cell.budget: answer for cell, answer in zip(lm.cells, answers, strict=True)}
     full, small, whole = found[None]["scores"], found[36]["scores"], found[150]["scores"]
     assert full["kl"] == pytest.approx(0, abs=1e-6)
     assert (full["top1"], full["attention_error"]) == (1, 0)
@@ -160,10 +170,10 @@ def test_fidelity_by_hand(smollm2: LoadedModel) -> None:
     read(full, torch.tensor([context]), torch.ones(1, 90, dtype=torch.int64))
     reference = Reference(full.copy(), context[-1], following)
     nll = -sum(float(logits[89 + i, token]) for i, token in enumerate(following)) / 7
-    assert reference.compare(full.copy())["nll"] == pytest.approx(nll, abs=1e-4)
+    assert reference.compare(full.copy())[0]["nll"] == pytest.approx(nll, abs=1e-4)
     small = tappa.compressed(smollm2.model, "streaming_llm", 40)
     read(small, torch.tensor([context]), torch.ones(1, 90, dtype=torch.int64))
-    found = reference.compare(small.copy())
+    found = reference.compare(small.copy())[0]
     small.frozen = True
     tail = torch.tensor([[context[-1], *following[:-1]]])
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from tappa.compression.methods import (
     parse_method,
     split_methods,
 )
+from tappa.compression.stacking import stack_caches
 from tappa.compression.writing import Written, write_on
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "parse_method",
     "record",
     "split_methods",
+    "stack_caches",
     "write_on",
 ]

@@ -1,6 +1,6 @@
 """Keys and values of one layer, with as many tokens for each row and KV head as it still holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,14 @@ class RaggedKV:
         flat_keys, flat_values = (x.reshape(-1, x.shape[-1]) for x in (keys, values))
         lengths = [new] * (rows * kv_heads)
         return cls(flat_keys, flat_values, lengths, kv_heads, {"position": position})
+
+    @classmethod
+    def stack(cls, parts: "Sequence[RaggedKV]") -> "RaggedKV":
+        """The rows of several, one after the other; of the figures only the positions."""
+        position = torch.cat([part.figures["position"] for part in parts])
+        keys, values = torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts])
+        lengths = [length for part in parts for length in part.lengths]
+        return cls(keys, values, lengths, parts[0].kv_heads, {"position": position})
 
     @property
     def rows(self) -> int:

@@ -116,6 +116,7 @@ def evaluate(
     start_run(folder, identity, describe_run(lm))
     say("preparing tasks")
     samples = _half(samples_of(evaluation.tasks, lm, source, folder / "tasks"), evaluation.half)
+    samples.sort(key=lambda sample: sample.number)  # an early end finds all tasks equally far
     if not samples:
         raise EvaluationError("expected at least one sample, the tasks have none")
     outcome = run_grid(lm, samples, cells, folder, shard=shard, progress=progress)

@@ -41,10 +41,11 @@ class Reference:
 
     def __init__(self, full: CompressedCache, last: int, following: Sequence[int]) -> None:
         self.last, self.following = last, list(following)
-        self.logits, self.outputs = self._run(full)
+        logits, outputs = self._run(full, 1)
+        self.logits, self.outputs = logits[0].float().log_softmax(-1), [x[0] for x in outputs]
 
-    def compare(self, cache: CompressedCache) -> dict[str, Any]:
-        """Means over the following tokens of a compressed cache against the full one.
+    def compare(self, cache: CompressedCache, rows: int = 1) -> list[dict[str, Any]]:
+        """Of each row of a compressed cache against the full one, means over following tokens.
 
         - `kl`: divergence `sum p_full (log p_full - log p)` in nats
         - `top1`: how often both have the same most probable token
@@ -52,7 +53,15 @@ class Reference:
         - `attention_error`: mean over layers of `|o - o_full| / |o_full|`, o the output of the
           attention module; `layers` has it for each layer
         """
-        logits, outputs = self._run(cache)
+        logits, outputs = self._run(cache, rows)
+        return [
+            self._compare_row(logits[row].float().log_softmax(-1), [x[row] for x in outputs])
+            for row in range(rows)
+        ]
+
+    def _compare_row(
+        self, logits: Float[Tensor, "new vocabulary"], outputs: list[Tensor]
+    ) -> dict[str, Any]:
         targets = torch.tensor(self.following, device=logits.device)[:, None]
         kl = (self.logits.exp() * (self.logits - logits)).sum(-1)
         same = logits.argmax(-1) == self.logits.argmax(-1)
@@ -68,9 +77,11 @@ class Reference:
             "layers": layers,
         }
 
-    def _run(self, cache: CompressedCache) -> tuple[Float[Tensor, "new vocabulary"], list[Tensor]]:
+    def _run(
+        self, cache: CompressedCache, rows: int
+    ) -> tuple[Float[Tensor, "rows new vocabulary"], list[Tensor]]:
         with attention_outputs(cache.model) as outputs:
-            logits = continuation_logits(cache, self.last, self.following)
+            logits = continuation_logits(cache, self.last, self.following, rows)
         return logits, outputs
 
 

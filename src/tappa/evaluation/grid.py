@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import tappa
 from tappa.errors import EvaluationError
 from tappa.evaluation.samples import Sample, digest_of
 from tappa.evaluation.shared_prefill import Cell, GridLM
@@ -103,34 +104,36 @@ def check_sample(path: Path, sample: Sample, cells: Sequence[Cell]) -> None:
 
 def _answer(lm: GridLM, sample: Sample, cells: Sequence[Cell]) -> dict[str, Any]:
     lm.forget()
-    answers, before = [], lm.prefill_seconds
-    for cell in cells:
-        lm.cell, lm.used = cell, []
-        start, prefill = time.perf_counter(), lm.prefill_seconds
-        try:
-            answer = sample.answer(lm)
-        except torch.OutOfMemoryError as error:
-            raise EvaluationError(
-                f"out of memory in {sample.task} {sample.number}, {cell}: {str(error)[:200]}"
-            ) from error
-        seconds = time.perf_counter() - start - (lm.prefill_seconds - prefill)
-        caches = max(len(lm.used), 1)
-        size = {
-            "tokens_held": round(sum(held for held, _ in lm.used) / caches, 3),
-            "nbytes": round(sum(nbytes for _, nbytes in lm.used) / caches),
-            "seconds": round(seconds, 4),
-        }
-        answers.append(asdict(cell) | answer | size)
-    lm.forget()
-    return {
+    start, before = time.perf_counter(), lm.prefill_seconds
+    try:
+        answers = sample.answers(lm, cells)
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"out of memory in {sample.task} {sample.number}: {str(error)[:200]}"
+        ) from error
+    prefill = lm.prefill_seconds - before
+    record = {
         "schema": SCHEMA,
         "suite": sample.suite,
         "task": sample.task,
         "number": sample.number,
         "digest": sample.digest,
-        "prefill_seconds": round(lm.prefill_seconds - before, 4),
-        "answers": answers,
+        "prefill_seconds": round(prefill, 4),
+        "cells_seconds": round(time.perf_counter() - start - prefill, 4),
+        "answers": [
+            asdict(cell) | answer | _size(lm.sizes.get(cell, []))
+            for cell, answer in zip(cells, answers, strict=True)
+        ],
     }
+    lm.forget()
+    return record
+
+
+def _size(caches: list[tuple[float, int]]) -> dict[str, float]:
+    """Mean over the prompts of a sample."""
+    count = max(len(caches), 1)
+    held, nbytes = sum(held for held, _ in caches), sum(nbytes for _, nbytes in caches)
+    return {"tokens_held": round(held / count, 3), "nbytes": round(nbytes / count)}
 
 
 def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> None:
@@ -155,12 +158,12 @@ def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> No
 
 def describe_run(lm: GridLM) -> dict[str, Any]:
     """Versions, commit, device and time: what a reader needs to judge the results."""
-    packages = ("tappa", "torch", "transformers", "lm_eval", "datasets", "scipy", "numpy")
+    packages = ("torch", "transformers", "lm_eval", "datasets", "scipy", "numpy")
     device = lm.device
     cuda = device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"tappa": tappa.__version__} | {name: version(name) for name in packages},
         "python": platform.python_version(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",

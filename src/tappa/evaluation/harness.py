@@ -165,24 +165,24 @@ def read(
 
 
 def continuation_logits(
-    cache: CompressedCache, last: int, continuation: Sequence[int]
-) -> Float[Tensor, "new vocabulary"]:
-    """Log-probabilities at every token of a continuation, on a cache that lacks `last`.
+    cache: CompressedCache, last: int, continuation: Sequence[int], rows: int = 1
+) -> Float[Tensor, "rows new vocabulary"]:
+    """Logits at every token of a continuation, on a cache of some rows that lacks `last`.
 
     Nothing is dropped from the cache meanwhile.
     """
     cache.frozen = True
-    tail = torch.tensor([[last, *continuation[:-1]]], device=next(cache.model.parameters()).device)
+    device = next(cache.model.parameters()).device
+    tail = torch.tensor([[last, *continuation[:-1]]] * rows, device=device)
     with torch.inference_mode():
-        logits = cache.model(tail, past_key_values=cache).logits
-    return logits[0].float().log_softmax(-1)
+        return cache.model(tail, past_key_values=cache).logits
 
 
 def score_continuation(
     cache: CompressedCache, ids: Int[Tensor, "1 tokens"], continuation: Sequence[int]
 ) -> tuple[float, bool]:
     """Its log-likelihood, and whether every token is the most probable one."""
-    logits = continuation_logits(cache, int(ids[0, -1]), continuation)
+    logits = continuation_logits(cache, int(ids[0, -1]), continuation)[0].float().log_softmax(-1)
     targets = torch.tensor(continuation, device=logits.device)
     each = logits.gather(1, targets[:, None])
     return float(each.sum()), bool((logits.argmax(-1) == targets).all())

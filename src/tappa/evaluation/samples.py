@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from lm_eval.api.task import Task
 
 from tappa.errors import EvaluationError
 from tappa.evaluation.fidelity import Reference
-from tappa.evaluation.shared_prefill import GridLM
+from tappa.evaluation.shared_prefill import Cell, GridLM
 
 Answer = dict[str, Any]  # `scores`: name -> number; and whatever else is worth keeping
 
@@ -32,9 +32,23 @@ class TaskSample:
         asked = [(i.request_type, i.arguments) for i in instances]
         self.digest = digest_of(self.task, asked)
 
-    def answer(self, lm: GridLM) -> Answer:
-        """Ask, filter, score: lm-eval's own steps for one document."""
-        responses = getattr(lm, self.kind)(self._instances, disable_tqdm=True)
+    def answers(self, lm: GridLM, cells: Sequence[Cell]) -> list[Answer]:
+        """Of every cell. Where text is written, all cells of one budget write side by side."""
+        if self.kind != "generate_until" or len(self._instances) > 1:
+            return [self._one_by_one(lm, cell) for cell in cells]
+        found: dict[Cell, Answer] = {}
+        for together in side_by_side(cells):
+            lm.answering(together)
+            texts = lm.generate_until(self._instances * len(together), disable_tqdm=True)
+            found |= {c: self._scored([text]) for c, text in zip(together, texts, strict=True)}
+        return [found[cell] for cell in cells]
+
+    def _one_by_one(self, lm: GridLM, cell: Cell) -> Answer:
+        lm.answering([cell])
+        return self._scored(getattr(lm, self.kind)(self._instances, disable_tqdm=True))
+
+    def _scored(self, responses: list[Any]) -> Answer:
+        """Filter and score as lm-eval does for one document."""
         for instance, response in zip(self._instances, responses, strict=True):
             instance.resps, instance.filtered_resps = [response], {}
         for ensemble in self._task._filters:
@@ -54,21 +68,32 @@ class TextSample:
     def __init__(self, task: str, number: int, context: list[int], following: list[int]) -> None:
         self.suite, self.task, self.number = task, task, number
         self._context, self._following = context, following
-        self._reference: Reference | None = None
         self.digest = digest_of(task, [context, following])
 
-    def answer(self, lm: GridLM) -> Answer:
-        """KL, top-1 agreement, NLL and attention error (`Reference.compare`)."""
-        tokens = torch.tensor([self._context])
-        if self._reference is None:
-            full = lm.recording(tuple(self._context)).compress("full", [None])[0]
-            self._reference = Reference(full, self._context[-1], self._following)
-        cache = lm.cache_of(tokens, torch.ones_like(tokens))
-        found = self._reference.compare(cache)
-        layers = found.pop("layers")
-        if self.task == "perplexity":  # of single samples: nll, whose mean's exp it is
-            found = {"nll": found["nll"]}
-        return {"scores": found, "layers": [round(x, 6) for x in layers]}
+    def answers(self, lm: GridLM, cells: Sequence[Cell]) -> list[Answer]:
+        """Of every cell: KL, top-1 agreement, NLL and attention error (`Reference.compare`)."""
+        full = lm.recording(tuple(self._context)).compress("full", [None])[0]
+        reference = Reference(full, self._context[-1], self._following)
+        found: dict[Cell, Answer] = {}
+        for together in side_by_side(cells):
+            lm.answering(together)
+            tokens = torch.tensor([self._context] * len(together))
+            cache = lm.cache_of(tokens, torch.ones_like(tokens))
+            answers = reference.compare(cache, len(together))
+            found |= {c: self._shaped(x) for c, x in zip(together, answers, strict=True)}
+        return [found[cell] for cell in cells]
+
+    def _shaped(self, scores: dict[str, Any]) -> Answer:
+        layers = [round(x, 6) for x in scores.pop("layers")]
+        if self.task.startswith("perplexity"):  # exp of the mean nll, which no single sample has
+            scores = {"nll": scores["nll"]}
+        return {"scores": scores, "layers": layers}
+
+
+def side_by_side(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells of one budget, whose caches are about equally long and so make a good batch."""
+    budgets = dict.fromkeys(cell.budget for cell in cells)
+    return [[cell for cell in cells if cell.budget == budget] for budget in budgets]
 
 
 # one thing to ask: `suite`, `task`, `number`, and a `digest` of all that decides the answers

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tappa
-from tappa.compression import CompressedCache, Recording, check_method, parse_method
+from tappa.compression import (
+    CompressedCache,
+    Recording,
+    check_method,
+    parse_method,
+    stack_caches,
+)
 from tappa.evaluation.harness import TappaLM
 
 Budget = int | float | None
@@ -40,19 +46,21 @@ def cells_of(methods: Sequence[str], budgets: Sequence[int | float]) -> list[Cel
 
 
 class GridLM(TappaLM):
-    """A model whose prompts are read once for all cells: set `cell`, then ask.
+    """A model whose prompts are read once for all cells: set `now`, then ask.
 
-    Keeps what it read until `forget`. `prefill_seconds` and `prefills` add up.
+    With several cells in `now` a prompt is to be asked as often as there are cells, in one batch:
+    each row has the cache of its cell. Keeps what it read until `forget`. `prefill_seconds` and
+    `prefills` add up.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> None:
         super().__init__(model, "full", tokenizer=tokenizer, **options)
-        self.cell = Cell("full", None)
-        self.cells: list[Cell] = [self.cell]
+        self.cells: list[Cell] = [Cell("full", None)]  # of the whole grid
+        self.now = self.cells  # those that answer next
         self.prefill_seconds, self.prefills = 0.0, 0
-        self.used: list[tuple[float, int]] = []  # tokens held and bytes of each cache handed out
+        self.sizes: dict[Cell, list[tuple[float, int]]] = {}  # tokens held, bytes, of each cache
         self._recordings: dict[tuple[int, ...], Recording] = {}
         self._made: dict[tuple[tuple[int, ...], Cell], CompressedCache] = {}
 
@@ -60,21 +68,24 @@ class GridLM(TappaLM):
         """Let go of all prompts."""
         self._recordings.clear()
         self._made.clear()
-        self.used.clear()
+        self.sizes = {}
+
+    def answering(self, cells: Sequence[Cell]) -> None:
+        """These cells answer next, together."""
+        self.now = list(cells)
+        self.batch_size_per_gpu = len(self.now)
 
     def cache_of(
         self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
     ) -> CompressedCache:
-        """The prompt's cache in the cell at hand; there is one prompt at a time."""
-        assert len(ids) == 1, "the grid answers one prompt at a time"
+        """The prompt's cache in the cells at hand."""
+        assert len(ids) == len(self.now), "one row for each cell at hand"
+        assert bool((ids == ids[0]).all()), "all cells answer the same prompt"
         tokens = tuple(ids[0].tolist())
         if len(tokens) < 2:
             return self.new_cache()
-        if (tokens, self.cell) not in self._made:
-            self._compress(tokens)
-        cache = self._made.pop((tokens, self.cell))
-        self.used.append((cache.tokens_held(), cache.nbytes))
-        return cache
+        caches = [self._take(tokens, cell) for cell in self.now]
+        return caches[0] if len(caches) == 1 else stack_caches(caches)
 
     def recording(self, tokens: tuple[int, ...]) -> Recording:
         """A prompt without its last token, read at the first call."""
@@ -86,13 +97,15 @@ class GridLM(TappaLM):
             self.prefills += 1
         return self._recordings[tokens]
 
-    def _compress(self, tokens: tuple[int, ...]) -> None:
-        """Caches of all budgets of the method at hand: its scores are computed once."""
-        self._made = {key: cache for key, cache in self._made.items() if key[0] != tokens}
-        siblings = [cell for cell in self.cells if cell.method == self.cell.method]
-        siblings = [self.cell, *(cell for cell in siblings if cell != self.cell)]
-        name, options = parse_method(self.cell.method)
-        budgets = [cell.budget for cell in siblings]
-        caches = self.recording(tokens).compress(name, budgets, **options)
-        for cell, cache in zip(siblings, caches, strict=True):
-            self._made[tokens, replace(cell)] = cache
+    def _take(self, tokens: tuple[int, ...], cell: Cell) -> CompressedCache:
+        """A prompt's cache in a cell, once. All budgets of a method are made at the first call."""
+        if (tokens, cell) not in self._made:
+            siblings = [other for other in self.cells if other.method == cell.method] or [cell]
+            name, options = parse_method(cell.method)
+            budgets = [other.budget for other in siblings]
+            caches = self.recording(tokens).compress(name, budgets, **options)
+            for other, cache in zip(siblings, caches, strict=True):
+                self._made[tokens, other] = cache
+        cache = self._made.pop((tokens, cell))
+        self.sizes.setdefault(cell, []).append((cache.tokens_held(), cache.nbytes))
+        return cache

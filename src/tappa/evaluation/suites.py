@@ -1,9 +1,11 @@
 """From names to samples: which suites and tasks there are, and where their data come from."""
 
 import difflib
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from tappa.evaluation.local_suite import write_local_suite
 from tappa.evaluation.longbench import TASKS as LONGBENCH
 from tappa.evaluation.longbench import write_longbench
 from tappa.evaluation.ruler import write_ruler
-from tappa.evaluation.samples import Sample, TextSample, samples_of_task
+from tappa.evaluation.samples import Sample, TextSample, digest_of, samples_of_task
 from tappa.evaluation.shared_prefill import GridLM
+from tappa.files import write_atomic
 from tappa.texts import packaged_text, read_text
 
 TEXT_TASKS = ("fidelity", "perplexity")
@@ -88,8 +91,24 @@ def _text_samples(task: str, lm: GridLM, source: Source) -> list[Sample]:
 
 
 def _suite_samples(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[Sample]:
-    names = _WRITERS[suite](name, lm, source, folder)
+    names = _written(suite, name, lm, source, folder)
     return _samples(suite, _tasks_in(folder, names), lm, source)
+
+
+def _written(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
+    """Write the task files, or find those of an earlier run with the same settings."""
+    text = "The quick brown fox: 0123456789, Straße, 漢字."
+    known = (len(lm.tokenizer), lm.tokenizer(text).input_ids)
+    wanted = digest_of(1, name, asdict(source), known, lm.max_length, version("lm_eval"))
+    notes = folder / f"{name}.made.json"
+    if notes.is_file():
+        made = json.loads(notes.read_text(encoding="utf-8"))
+        if made["settings"] == wanted:
+            return list(made["tasks"])
+    tasks = _WRITERS[suite](name, lm, source, folder)
+    if source.data is None:  # other files may come into a folder
+        write_atomic(notes, json.dumps({"settings": wanted, "tasks": tasks}))
+    return tasks
 
 
 def _samples(suite: str, tasks: list[Task], lm: GridLM, source: Source) -> list[Sample]:
