@@ -12,7 +12,7 @@ from tappa.errors import EvaluationError
 from tappa.evaluation.grid import Outcome, Progress, describe_run, fingerprint, run_grid, start_run
 from tappa.evaluation.samples import Sample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
-from tappa.evaluation.suites import Source, samples_of
+from tappa.evaluation.suites import Source, check_names, samples_of
 from tappa.evaluation.tables import (
     Table,
     as_json,
@@ -24,7 +24,13 @@ from tappa.evaluation.tables import (
 from tappa.files import write_atomic
 
 __all__ = [
-    *("METHODS", "Evaluation", "Results", "Source", "check_names", "describe_outcome", "evaluate"),
+    "METHODS",
+    "Evaluation",
+    "Results",
+    "Source",
+    "check_names",
+    "describe_outcome",
+    "evaluate",
 ]
 METHODS = (
     *("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "cake", "tappa_paper", "tappa"),
