@@ -118,8 +118,12 @@ def received_by(
     """
     block = max(16, 2**22 // (len(queries) * tokens.keys.shape[1]))
     total = torch.zeros(tokens.positions.shape, device=queries.device)
-    for part, at in zip(queries.split(block, 1), positions.split(block), strict=True):
-        past = int((tokens.positions <= at[-1]).sum(1).max())  # padding, -1, comes last
+    parts = list(zip(queries.split(block, 1), positions.split(block), strict=True))
+    ends = torch.stack([at[-1] for _, at in parts]).expand(len(total), -1).contiguous()
+    last = torch.iinfo(tokens.positions.dtype).max
+    held = tokens.positions.masked_fill(~tokens.present, last)  # positions ascend, padding is last
+    pasts = torch.searchsorted(held.to(ends), ends, right=True).amax(0).tolist()
+    for (part, at), past in zip(parts, pasts, strict=True):
         names = ("keys", "values", "positions")
         seen = replace(tokens, received=None, **{x: getattr(tokens, x)[:, :past] for x in names})
         total[:, :past] += seen.mean_over_group(attention_on(seen, part, at).sum(1))

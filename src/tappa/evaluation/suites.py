@@ -44,10 +44,12 @@ def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -
     Task files are written below `folder`. Raises EvaluationError for a name that is neither, for
     missing or malformed data, and where a length is more than the model's context.
     """
-    for length in source.lengths:
+    sized = any(name.split("_")[0] in (*TEXT_TASKS, "ruler", "local") for name in names)
+    for length in source.lengths if sized else ():
         if length > lm.max_length:
             raise EvaluationError(
-                f"{length} tokens are more than the model's context of {lm.max_length}"
+                f"{length} tokens are more than the model's context of {lm.max_length}: "
+                "choose other --lengths"
             )
     found: list[Sample] = []
     for name in dict.fromkeys(names):
