@@ -62,9 +62,11 @@ class Observation:
     ) -> None:
         """Add queries of the prompt to the sums that scorer and rule take."""
         self.prompt_tokens += len(positions)
-        if self.rotary is None:
+        if not ("similarity" in rule.needs or "moments" in scorer.needs):
             return
-        before = self.rotary.unrotate(queries.float(), positions)
+        before = queries.float()  # where no RoPE is known, they come without it
+        if self.rotary is not None:
+            before = self.rotary.unrotate(before, positions)
         if "similarity" in rule.needs:
             space, pairs, extent = rule.variant
             unit = normalize(before if space == "pre" else queries.float(), dim=-1)
