@@ -26,6 +26,16 @@ from tappa.errors import EvaluationError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.texts import packaged_prompt, packaged_text, read_text
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -47,10 +57,7 @@ def root(
 
 @app.command()
 def analyze(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
-    ] = None,
+    model: ModelArgument = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text file, one prompt; may be repeated. Default: packaged prose."),
@@ -63,16 +70,12 @@ def analyze(
         Path | None, typer.Option(help="Folder for analysis.json and heads.csv.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     chunk: Annotated[
         int | None, typer.Option(min=8, help="Prefill in pieces of this many tokens.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Analyse every attention head of a RoPE language model.
 
@@ -111,10 +114,7 @@ def analyze(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
-    ] = None,
+    model: ModelArgument = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="UTF-8 text file to continue. Default: packaged prose.")
     ] = None,
@@ -134,13 +134,9 @@ def generate(
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Drop tokens every so many steps.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a prompt with a compressed KV cache; tell memory and time.
 
@@ -174,10 +170,7 @@ def generate(
 
 @app.command("eval")
 def evaluate_methods(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
-    ] = None,
+    model: ModelArgument = None,
     methods: Annotated[
         str | None, typer.Option(help="Names of 'tappa methods', with options as cake(gamma=50).")
     ] = None,
@@ -213,13 +206,9 @@ def evaluate_methods(
     shard: Annotated[
         str, typer.Option(help="k/n: every n-th sample; n processes may share a folder.")
     ] = "0/1",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare compression methods: methods x budgets x tasks, with intervals and tests.
 
