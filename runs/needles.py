@@ -1,5 +1,4 @@
-"""Numbers found in a long text: shares, differences from cake and p, of runs/compression.py's lines.
-
+"""Numbers found in a long text, from the lines of runs/compression.py: shares, differences, p.
 
 python runs/needles.py runs/data/needles-qwen2.5-coder-0.5b.jsonl
 """
