@@ -204,8 +204,12 @@ def evaluate_methods(
         Path, typer.Option("--out", "-o", help="Folder for answers and tables; resumed if there.")
     ] = Path("results"),
     shard: Annotated[
-        str, typer.Option(help="k/n: every n-th sample; n processes may share a folder.")
+        str, typer.Option(help="k/n: every n-th batch; n processes may share a folder.")
     ] = "0/1",
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples answered together. Default: 4 on a GPU, otherwise 1."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -250,6 +254,7 @@ def evaluate_methods(
             *(loaded.model, loaded.tokenizer, wanted, out),
             name="SmolLM2-135M-Instruct" if model is None else model,
             shard=part,
+            batch=batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(results.markdown)

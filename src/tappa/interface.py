@@ -4,6 +4,7 @@ Nothing is patched: the function is registered with AttentionInterface, the mode
 while the switch is on, and the model's own kernel is what it calls.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,13 @@ class AttentionSwitch:
         self.attend = attend
         self.wrapped = ""
         self.before: list[str] = []
+
+    def renewed(self, attend: Attend) -> "AttentionSwitch":
+        """One of the same model for another function: it need not look at all modules again."""
+        twin = copy.copy(self)
+        twin.name, twin.attend = f"{PREFIX}_{id(twin):x}", attend
+        twin.wrapped, twin.before = "", []
+        return twin
 
     def on(self) -> None:
         """Register the function and make the model use it."""

@@ -63,6 +63,8 @@ def _all_pairs(total: Tensor, squares: Tensor, steps: int) -> tuple[Tensor, int]
 
 def _sum_of_steps(unit: Tensor) -> Tensor:
     """In float64, by sums of 128 steps in the type at hand: several times faster on CPU."""
+    if unit.device.type != "cpu":
+        return unit.sum(-2, dtype=torch.float64)
     parts = [part.sum(-2) for part in unit.split(128, dim=-2)]
     return torch.stack(parts).sum(0, dtype=torch.float64)
 

@@ -201,7 +201,7 @@ def test_expected_attention(view: TokenView, future: int, value_norm: bool) -> N
 @given(views(), st.sampled_from([0.0, 0.25, 1.0]), st.sampled_from([0.0, 2.0]))
 def test_mixed_keeps_the_mass_of_each_head(view: TokenView, share: float, gamma: float) -> None:
     seen = torch.tensor(naive_window(view, gamma, 3))
-    score = mixed(share, 3, gamma, future=13).score(view)
+    score = mixed(share, window_mean_var(gamma, 3), future=13).score(view)
     expected = torch.tensor(naive_expected(view, 13, True)) * view.earlier
     for head in range(KV_HEADS):
         mass, total = float(seen[head].sum()), float(expected[head].sum())
@@ -290,7 +290,7 @@ def test_nothing_received_is_lost(view: TokenView) -> None:
 
 
 SCORERS = [
-    *(recency(), window_mean(3), window_mean_var(200.0, 3), mixed(0.5, 3, future=13)),
+    *(recency(), window_mean(3), window_mean_var(200.0, 3), mixed(0.5, window_mean(3), future=13)),
     *(expected_attention(13), expected_attention(13, False)),
 ]
 
@@ -322,9 +322,14 @@ def test_half_precision_is_scored_in_float32(view: TokenView, scorer: Scorer) ->
 
 def test_needs() -> None:
     assert received().needs == {"received"}
-    assert window_mean().needs == window_mean_var().needs == mixed(0.0).needs == {"window"}
+    assert (
+        window_mean().needs
+        == window_mean_var().needs
+        == mixed(0.0, window_mean()).needs
+        == {"window"}
+    )
     assert expected_attention().needs == {"moments"}
-    assert mixed(0.5).needs == {"window", "moments"}
+    assert mixed(0.5, window_mean()).needs == {"window", "moments"}
 
 
 @settings(deadline=None)
@@ -369,7 +374,7 @@ def test_expected_attention_is_that_of_gaussian_queries() -> None:
     torch.testing.assert_close(actual, expected, atol=0, rtol=0.02)
 
 
-@pytest.mark.parametrize("scorer", [expected_attention(13), mixed(0.5, 1, future=13)])
+@pytest.mark.parametrize("scorer", [expected_attention(13), mixed(0.5, window_mean(1), future=13)])
 def test_a_prompt_too_short_for_moments_still_has_scores(scorer: Scorer) -> None:
     """Of 4 tokens no query is counted; while more are written, tokens are to be ranked."""
     nothing = moments_of(random(1, 0, 1))

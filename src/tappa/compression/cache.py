@@ -83,12 +83,11 @@ class CompressedCache(DynamicCache):
             )
         for index, layer in enumerate(full):
             self.layers[layer] = CompressedLayer(index, method)
-        self._connect()
+        self._connect(AttentionSwitch(model, _late(self._attend)), RotaryProbe(model))
 
-    def _connect(self) -> None:
+    def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
-        self._switch = AttentionSwitch(self.model, _late(self._attend))
-        self._probe = RotaryProbe(self.model)
+        self._switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
@@ -164,13 +163,14 @@ class CompressedCache(DynamicCache):
 
     def copy(self, keep_ranks: bool = False) -> "CompressedCache":
         """An independent copy, to be used as `past_key_values` of the same model."""
-        twin = CompressedCache(self.model, self.method, self.budget, self.every, self.fixed)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, CompressedLayer):
-                twin.layers[index] = layer.copy(keep_ranks)
-            else:
-                twin.layers[index].__dict__.update(layer.__dict__)
-        twin.frozen, twin.peak_nbytes = self.frozen, self.nbytes
+        twin = object.__new__(CompressedCache)
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [
+            layer.copy(keep_ranks) if isinstance(layer, CompressedLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        twin.recorder, twin.peak_nbytes = None, self.nbytes
+        twin._connect(self._switch.renewed(_late(twin._attend)), self._probe)
         return twin
 
     def __deepcopy__(self, memo: dict) -> "CompressedCache":
@@ -250,10 +250,10 @@ class CompressedCache(DynamicCache):
             raise CompressionError(
                 f"expected attention by {', '.join(KERNELS)}, the model uses {implementation!r}"
             )
-        held = self.compressed_layers[0].held
-        if held is not None and held.rows != len(ids):
+        rows = self.compressed_layers[0].rows
+        if rows not in (0, len(ids)):
             raise CompressionError(
-                f"the cache holds {held.rows} row(s), {len(ids)} came: call reset() before "
+                f"the cache holds {rows} row(s), {len(ids)} came: call reset() before "
                 "another prompt, batch_repeat_interleave() to go on in several ways"
             )
         shape = None if mask is None else tuple(mask.shape)

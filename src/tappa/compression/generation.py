@@ -154,21 +154,25 @@ class Recording:
         **options: Any,
     ) -> list[CompressedCache]:
         """A cache for each budget. Tokens are scored once. Arguments as in `compressed`."""
-        model, made = self._full.model, list[CompressedCache]()
-        caches = [compressed(model, method, budget, **options) for budget in budgets]
-        for cache in caches:
+        chosen = method_named(method, **{k: v for k, v in options.items() if k not in _OF_CACHE})
+        if chosen.rule is not None:
+            budgets = [_checked(budget, chosen) for budget in budgets]
+        made: list[CompressedCache] = []
+        for budget in budgets:
             if not made:
-                cache.start_from(self._full, self._queries)
-                made.append(cache)
+                made.append(compressed(self._full.model, method, budget, **options))
+                made[0].start_from(self._full, self._queries)
             else:
-                twin = made[0].copy(keep_ranks=True)
-                twin.budget = cache.budget
-                made.append(twin)
+                made.append(made[0].copy(keep_ranks=True))
+                made[-1].budget = budget
         for cache in made:
             cache.balance()
             for layer in cache.compressed_layers:
                 layer.forget_ranks()
         return made
+
+
+_OF_CACHE = ("analysis", "every")  # options of `compressed` that no method has
 
 
 def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:

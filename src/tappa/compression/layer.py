@@ -83,6 +83,11 @@ class CompressedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     @property
+    def rows(self) -> int:
+        """Prompts of the batch, 0 before the first."""
+        return self.held.rows if self.held is not None else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values held."""
         return self.held.nbytes if self.held is not None else 0

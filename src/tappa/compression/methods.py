@@ -117,11 +117,13 @@ def tappa(
     layer_floor: float = 0.0,
     expected_share: float = 0.1,
     gamma: float = 200.0,
+    max_pool: bool = False,
+    max_group: bool = False,
 ) -> Method:
     """Attention now and expected; layers by CAKE and (1 - S)^2, heads by score (tappa)."""
     rule = budgets.similarity(exponent, variant, per_head, cake_share)
     return Method(
-        scorers.mixed(expected_share, kernel, gamma),
+        scorers.mixed(expected_share, scorers.window_mean_var(gamma, kernel, max_pool, max_group)),
         rule,
         window,
         sharing="heads" if per_head else "pooled",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from tappa.attention_profile import Attention
 from tappa.compression.options import check_range
@@ -69,6 +69,10 @@ class TokenView:
         """Mean over the query heads of each KV head."""
         return x.view(len(self.keys), -1, x.shape[-1]).mean(1)
 
+    def max_over_group(self, x: Float[Tensor, "heads tokens"]) -> Scores:
+        """The largest of the query heads of each KV head."""
+        return x.view(len(self.keys), -1, x.shape[-1]).amax(1)
+
 
 Score = Callable[[TokenView], Scores]
 
@@ -116,7 +120,8 @@ def received_by(
 
     In blocks of queries, on the keys that each may see: O(tokens) memory.
     """
-    block = max(16, 2**22 // (len(queries) * tokens.keys.shape[1]))
+    size = 2**22 if queries.device.type == "cpu" else 2**26  # numbers of a block of attention
+    block = max(16, size // (len(queries) * tokens.keys.shape[1]))
     total = torch.zeros(tokens.positions.shape, device=queries.device)
     parts = list(zip(queries.split(block, 1), positions.split(block), strict=True))
     ends = torch.stack([at[-1] for _, at in parts]).expand(len(total), -1).contiguous()
@@ -150,18 +155,27 @@ def window_mean(kernel: int = 5) -> Scorer:
     return window_mean_var(0.0, kernel)
 
 
-def window_mean_var(gamma: float = 200.0, kernel: int = 5) -> Scorer:
-    """Mean + gamma variance of the last queries' attention, pooled. Source: CAKE (2503.12491)."""
+def window_mean_var(
+    gamma: float = 200.0, kernel: int = 5, max_pool: bool = False, max_group: bool = False
+) -> Scorer:
+    """Mean + gamma variance of the last queries' attention, pooled. Source: CAKE (2503.12491).
+
+    Pooling over neighbours takes their mean or, with `max_pool`, their largest; the query heads of
+    a KV head give their mean or, with `max_group`, the largest.
+    """
     check_range("gamma", gamma, 0)
     check_range("kernel", kernel, 1)
     if kernel % 2 == 0:
         raise CompressionError(f"expected an odd kernel of at least 1, got {kernel!r}")
+    pool = max_pool1d if max_pool else avg_pool1d
 
     def score(tokens: TokenView) -> Scores:
         figure = tokens.weights.mean(1)
         if gamma and tokens.weights.shape[1] > 1:
             figure = figure + gamma * variance_over_window(tokens.weights)
-        return _pooled(tokens, figure, kernel)
+        group = tokens.max_over_group(figure) if max_group else tokens.mean_over_group(figure)
+        scores = (group * tokens.earlier)[:, None]
+        return pool(scores, kernel, stride=1, padding=kernel // 2)[:, 0]
 
     return Scorer(score, _WINDOW)
 
@@ -198,14 +212,14 @@ def expected_attention(future: int = 512, value_norm: bool = True) -> Scorer:
     return Scorer(score, frozenset({"moments"}))
 
 
-def mixed(share: float, kernel: int = 5, gamma: float = 0.0, future: int = 512) -> Scorer:
+def mixed(share: float, now: Scorer, future: int = 512) -> Scorer:
     """The last queries' attention, with a share of each head's mass as future ones would pay it.
 
-    `(1 - share) w + share (sum w) e / (sum e)`, w of `window_mean_var` and e of
+    `(1 - share) w + share (sum w) e / (sum e)`, w the scores `now` and e those of
     `expected_attention`, sums over the tokens of a head.
     """
     check_range("expected_share", share, 0, 1)
-    now, later = window_mean_var(gamma, kernel), expected_attention(future)
+    later = expected_attention(future)
     if share == 0:
         return now
 
@@ -220,9 +234,3 @@ def mixed(share: float, kernel: int = 5, gamma: float = 0.0, future: int = 512) 
 
 SKIPPED = 4  # first tokens of a prompt that the moments leave out: their queries are outliers
 _WINDOW: frozenset[Need] = frozenset({"window"})
-
-
-def _pooled(tokens: TokenView, figure: Float[Tensor, "heads tokens"], kernel: int) -> Scores:
-    """Mean over a group, then average pooling over neighbours, of the tokens before the window."""
-    scores = tokens.mean_over_group(figure) * tokens.earlier
-    return avg_pool1d(scores[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]

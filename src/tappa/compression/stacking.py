@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tappa.compression.cache import CompressedCache
@@ -13,23 +14,29 @@ from tappa.errors import CompressionError
 
 
 def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
-    """A cache whose rows are those of caches of one model that have seen equally many tokens.
+    """A cache whose rows are those of caches of one model.
 
-    They may be of different methods and budgets. Nothing more is dropped from the result, and the
-    caches themselves stay as they are. Raises CompressionError where they do not fit together.
+    They may be of different methods, budgets and prompts; the model is to be told the positions of
+    new tokens where prompts differ in length (an attention mask with padding on the left does).
+    Nothing more is dropped from the result, and the caches themselves stay as they are. Raises
+    CompressionError where they do not fit together.
     """
     if not caches:
         raise CompressionError("expected at least one cache to stack, got none")
-    seen = sorted({cache.tokens_seen for cache in caches})
-    if len(seen) > 1 or seen[0] == 0 or len({id(cache.model) for cache in caches}) > 1:
+    seen = [cache.tokens_seen for cache in caches]
+    if min(seen) == 0 or len({id(cache.model) for cache in caches}) > 1:
         raise CompressionError(
-            f"expected caches of one model that have seen the same tokens, got {seen} tokens"
+            f"expected caches of one model that have read something, got {seen} tokens"
+        )
+    if min(seen) < max(seen) and len(caches[0].compressed_layers) < len(caches[0].layers):
+        raise CompressionError(
+            f"expected prompts of one length beside sliding-window layers, got {seen} tokens"
         )
     stacked = caches[0].copy()
     for number, mine in enumerate(stacked.layers):
         parts = [cache.layers[number] for cache in caches]
         if isinstance(mine, CompressedLayer):
-            _stack_layer(mine, cast(list[CompressedLayer], parts))
+            stacked.layers[number] = StackedLayer(cast(list[CompressedLayer], parts))
         else:
             for name in ("keys", "values"):
                 tensors = [cast(Tensor, getattr(part, name)) for part in parts]
@@ -38,8 +45,97 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
     return stacked
 
 
-def _stack_layer(mine: CompressedLayer, parts: list[CompressedLayer]) -> None:
-    mine.held = RaggedKV.stack([part.storage() for part in parts])
-    mine.complete = all(part.complete for part in parts)
-    mine.observations = [o for part in parts for o in part.copy().observations]
-    mine.preferences = [p for part in parts for p in part.preferences]
+class StackedLayer(CompressedLayer):
+    """A layer of several caches, padded once and for all, so that a step costs few operations.
+
+    Whatever the model's own mask says of earlier tokens, a row sees those that it holds.
+    """
+
+    def __init__(self, parts: Sequence[CompressedLayer]) -> None:
+        super().__init__(parts[0].index, parts[0].method)
+        held = RaggedKV.stack([part.storage() for part in parts])
+        self.padded_keys, self.padded_values, self.positions = held.padded()
+        self.tokens = sum(held.lengths)
+        self.alone = held.uniform  # no padding between the tokens
+        self.complete = all(part.complete for part in parts) and self.alone
+        self.seen = max(part.seen for part in parts)
+        self.module, self.attention = parts[0].module, parts[0].attention
+        self.is_initialized = True
+
+    @property
+    def held(self) -> RaggedKV | None:
+        """The tokens held, without the padding."""
+        there = self.positions >= 0
+        lengths = there.sum(2).flatten().tolist()
+        figures = {"position": self.positions[there]}
+        keys, values = self.padded_keys[there], self.padded_values[there]
+        return RaggedKV(keys, values, lengths, there.shape[1], figures)
+
+    @held.setter
+    def held(self, held: RaggedKV | None) -> None:
+        """Only the parts bring tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Prompts of the batch."""
+        return len(self.positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, without the padding."""
+        tensors = (self.padded_keys, self.padded_values)
+        return self.tokens * sum(x.shape[-1] * x.element_size() for x in tensors)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all that are held, padded."""
+        rows, kv_heads, new, _ = key_states.shape
+        fresh = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        fresh = fresh.to(self.positions).expand(rows, kv_heads, new)
+        self.padded_keys = torch.cat([self.padded_keys, key_states], 2)
+        self.padded_values = torch.cat([self.padded_values, value_states], 2)
+        self.positions = torch.cat([self.positions, fresh], 2)
+        self.seen += new
+        self.tokens += new * rows * kv_heads
+        return self.padded_keys, self.padded_values
+
+    def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """What is held, and of the new tokens those before; True or 0 is visible."""
+        new, heads = query.shape[2], query.shape[1]
+        if new == 1 and self.alone:
+            return None
+        visible = (self.positions >= 0)[:, :, None]
+        if new > 1:
+            before = visible[..., :-new].expand(-1, -1, new, -1)
+            among = torch.ones(new, new, dtype=torch.bool, device=query.device).tril()
+            visible = torch.cat([before, among.expand(*before.shape[:3], new)], 3)
+        visible = visible.repeat_interleave(heads // self.positions.shape[1], 1)
+        if mask is None or mask.dtype == torch.bool:
+            return visible
+        hidden = torch.finfo(mask.dtype).min
+        return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+
+    def select_rows(self, index: list[int]) -> None:
+        """Take these rows of the batch, in this order."""
+        at = torch.tensor(index, device=self.positions.device)
+        self.padded_keys = self.padded_keys.index_select(0, at)
+        self.padded_values = self.padded_values.index_select(0, at)
+        self.positions = self.positions.index_select(0, at)
+        self.tokens = int((self.positions >= 0).sum())
+
+    def crop(self, tokens: int) -> None:
+        """Refused: rows may have seen different numbers of tokens."""
+        raise CompressionError("a stack of caches cannot be cropped")
+
+    def copy(self, keep_ranks: bool = False) -> "StackedLayer":
+        """An independent copy: tensors are never written in place."""
+        twin = StackedLayer.__new__(StackedLayer)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def drop_padding(self, valid: Bool[Tensor, "rows new"]) -> None:
+        """Nothing to do: prompts came without padding, and rows that have ended write on."""
+
+    def forget_ranks(self) -> None:
+        """There are none."""

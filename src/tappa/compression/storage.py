@@ -150,7 +150,11 @@ class RaggedKV:
         if len(limits) == self.kv_heads > 1:
             counts = [min(limit, length) for limit, length in zip(limits, lengths, strict=True)]
         else:
-            counts = torch.stack([part.sum() for part in kept.split(lengths)]).tolist()
+            if min(lengths) == max(lengths):
+                sums = kept.view(self.kv_heads, -1).sum(1)
+            else:
+                sums = torch.stack([part.sum() for part in kept.split(lengths)])
+            counts = sums.tolist()
         if self.rows > 1:
             whole = torch.ones(len(self.keys), dtype=torch.bool, device=kept.device)
             whole[first:last] = kept

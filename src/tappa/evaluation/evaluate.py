@@ -92,6 +92,7 @@ def evaluate(
     *,
     name: str = "",
     shard: tuple[int, int] = (0, 1),
+    batch: int | None = None,
     progress: Progress | None = None,
     say: Say = lambda text: None,
 ) -> Results:
@@ -99,7 +100,8 @@ def evaluate(
 
     `folder` gets `grid.json` (what was asked, versions, device), `tasks/` (prompts), `samples/`
     (answers and scores of every sample), `samples.parquet` (the same as a table), `results.json`
-    and `tables.md`. A folder that has some answers already gets the others.
+    and `tables.md`. A folder that has some answers already gets the others. `batch` samples of a
+    task are answered together (by default 4 on a GPU, 1 elsewhere).
 
         results = evaluate(model, tokenizer, Evaluation(tasks=["local"]), Path("results"))
         print(results.markdown)
@@ -119,13 +121,14 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "source": asdict(source) | {"data": None if source.data is None else str(source.data)},
     }
-    start_run(folder, identity, describe_run(lm))
+    batch = batch or (4 if lm.device.type == "cuda" else 1)
+    start_run(folder, identity, describe_run(lm) | {"batch": batch})
     say("preparing tasks")
     samples = _half(samples_of(evaluation.tasks, lm, source, folder / "tasks"), evaluation.half)
     samples.sort(key=lambda sample: sample.number)  # an early end finds all tasks equally far
     if not samples:
         raise EvaluationError("expected at least one sample, the tasks have none")
-    outcome = run_grid(lm, samples, cells, folder, shard=shard, progress=progress)
+    outcome = run_grid(lm, samples, cells, folder, shard=shard, batch=batch, progress=progress)
     return Results(*_write_tables(folder, evaluation, outcome), markdown=_read(folder))
 
 

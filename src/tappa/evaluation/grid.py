@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import tappa
 from tappa.errors import EvaluationError
-from tappa.evaluation.samples import Sample, digest_of
+from tappa.evaluation.samples import Sample, answer, digest_of
 from tappa.evaluation.shared_prefill import Cell, GridLM
 from tappa.files import ensure_folder, write_atomic
 
@@ -52,37 +52,46 @@ def run_grid(
     folder: Path,
     *,
     shard: tuple[int, int] = (0, 1),
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Outcome:
     """Answer every sample in every cell; `folder/samples/TASK/NUMBER.json` has the answers.
 
     Each file is written at once when its sample is done. Those that are there are kept, so that a
-    run that was killed goes on where it was. `shard` (k, n) takes every n-th sample from the k-th:
-    n processes may fill one folder together. At the first interrupt the sample at hand is finished,
-    at the second all stops at once.
+    run that was killed goes on where it was. `batch` samples of a task are answered together.
+    `shard` (k, n) takes every n-th batch from the k-th: n processes may fill one folder together.
+    At the first interrupt the batch at hand is finished, at the second all stops at once.
 
     Raises EvaluationError for a file of another grid, OutputError where none can be written.
     """
-    mine = [s for place, s in enumerate(samples) if place % shard[1] == shard[0]]
+    batches = _batches(samples, batch)[shard[0] :: shard[1]]
+    total, done = sum(map(len, batches)), 0
     outcome = Outcome(cells=len(cells))
     lm.cells = list(cells)
     with _finish_first() as interrupted:
-        for place, sample in enumerate(mine):
+        for samples_at_hand in batches:
             if progress is not None:
-                progress(place, len(mine))
-            path = sample_file(folder, sample)
-            if path.exists():
-                check_sample(path, sample, cells)
-                outcome.found += 1
-                continue
+                progress(done, total)
+            missing = []
+            for sample in samples_at_hand:
+                path = sample_file(folder, sample)
+                if path.exists():
+                    check_sample(path, sample, cells)
+                    outcome.found += 1
+                else:
+                    missing.append(sample)
             if interrupted():
-                outcome.left += 1
+                outcome.left += len(missing)
                 continue
-            ensure_folder(path.parent)
-            write_atomic(path, json.dumps(_answer(lm, sample, cells)))
-            outcome.answered += 1
+            if missing:
+                for sample, record in zip(missing, _answer(lm, missing, cells), strict=True):
+                    path = sample_file(folder, sample)
+                    ensure_folder(path.parent)
+                    write_atomic(path, json.dumps(record))
+                outcome.answered += len(missing)
+            done += len(samples_at_hand)
     if progress is not None:
-        progress(len(mine) - outcome.left, len(mine))
+        progress(total - outcome.left, total)
     outcome.prefill_seconds, outcome.prefills = lm.prefill_seconds, lm.prefills
     return outcome
 
@@ -102,31 +111,49 @@ def check_sample(path: Path, sample: Sample, cells: Sequence[Cell]) -> None:
         raise EvaluationError(f"{path} has other methods or budgets: choose another output folder")
 
 
-def _answer(lm: GridLM, sample: Sample, cells: Sequence[Cell]) -> dict[str, Any]:
+def _batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Samples of one task together, in the order in which their first ones come."""
+    open_ones: dict[str, list[Sample]] = {}
+    batches: list[list[Sample]] = []
+    for sample in samples:
+        if len(open_ones.get(sample.task, [None] * size)) == size:
+            open_ones[sample.task] = []
+            batches.append(open_ones[sample.task])
+        open_ones[sample.task].append(sample)
+    return batches
+
+
+def _answer(lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What is written of samples that are answered together; times are those of one of them."""
     lm.forget()
     start, before = time.perf_counter(), lm.prefill_seconds
     try:
-        answers = sample.answers(lm, cells)
+        found = answer(samples, lm, cells)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
-            f"out of memory in {sample.task} {sample.number}: {str(error)[:200]}"
+            f"out of memory in {samples[0].task} {samples[0].number}: {str(error)[:200]}; "
+            "choose a smaller --batch"
         ) from error
     prefill = lm.prefill_seconds - before
-    record = {
-        "schema": SCHEMA,
-        "suite": sample.suite,
-        "task": sample.task,
-        "number": sample.number,
-        "digest": sample.digest,
-        "prefill_seconds": round(prefill, 4),
-        "cells_seconds": round(time.perf_counter() - start - prefill, 4),
-        "answers": [
-            asdict(cell) | answer | _size(lm.sizes.get(cell, []))
-            for cell, answer in zip(cells, answers, strict=True)
-        ],
-    }
+    rest = time.perf_counter() - start - prefill
+    sizes = lm.sizes
     lm.forget()
-    return record
+    return [
+        {
+            "schema": SCHEMA,
+            "suite": sample.suite,
+            "task": sample.task,
+            "number": sample.number,
+            "digest": sample.digest,
+            "prefill_seconds": round(prefill / len(samples), 4),
+            "cells_seconds": round(rest / len(samples), 4),
+            "answers": [
+                asdict(cell) | one | _size(sizes.get(cell, []))
+                for cell, one in zip(cells, answers, strict=True)
+            ],
+        }
+        for sample, answers in zip(samples, found, strict=True)
+    ]
 
 
 def _size(caches: list[tuple[float, int]]) -> dict[str, float]:

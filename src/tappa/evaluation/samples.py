@@ -25,37 +25,37 @@ class TaskSample:
     def __init__(self, suite: str, task: Task, instances: list[Instance], number: int) -> None:
         self.suite, self.number = suite, number
         self.task = str(task.config.task)
-        self._task, self._instances = task, instances
+        self._task, self.instances = task, instances
         self.kind = instances[0].request_type
         if self.kind not in ("generate_until", "loglikelihood"):
             raise EvaluationError(f"{self.task} asks for {self.kind}, which no cache changes")
         asked = [(i.request_type, i.arguments) for i in instances]
         self.digest = digest_of(self.task, asked)
 
+    @property
+    def writes(self) -> bool:
+        """Whether one text is written, so that many can be written side by side."""
+        return self.kind == "generate_until" and len(self.instances) == 1
+
     def answers(self, lm: GridLM, cells: Sequence[Cell]) -> list[Answer]:
-        """Of every cell. Where text is written, all cells of one budget write side by side."""
-        if self.kind != "generate_until" or len(self._instances) > 1:
-            return [self._one_by_one(lm, cell) for cell in cells]
-        found: dict[Cell, Answer] = {}
-        for together in side_by_side(cells):
-            lm.answering(together)
-            texts = lm.generate_until(self._instances * len(together), disable_tqdm=True)
-            found |= {c: self._scored([text]) for c, text in zip(together, texts, strict=True)}
-        return [found[cell] for cell in cells]
+        """Of every cell."""
+        if self.writes:
+            return write_together([self], lm, cells)[0]
+        return [self._one_by_one(lm, cell) for cell in cells]
 
     def _one_by_one(self, lm: GridLM, cell: Cell) -> Answer:
         lm.answering([cell])
-        return self._scored(getattr(lm, self.kind)(self._instances, disable_tqdm=True))
+        return self.scored(getattr(lm, self.kind)(self.instances, disable_tqdm=True))
 
-    def _scored(self, responses: list[Any]) -> Answer:
+    def scored(self, responses: list[Any]) -> Answer:
         """Filter and score as lm-eval does for one document."""
-        for instance, response in zip(self._instances, responses, strict=True):
+        for instance, response in zip(self.instances, responses, strict=True):
             instance.resps, instance.filtered_resps = [response], {}
         for ensemble in self._task._filters:
-            ensemble.apply(self._instances)
-        first = next(iter(self._instances[0].filtered_resps))
-        filtered = [instance.filtered_resps[first] for instance in self._instances]
-        results = self._task.process_results(self._instances[0].doc, filtered)
+            ensemble.apply(self.instances)
+        first = next(iter(self.instances[0].filtered_resps))
+        filtered = [instance.filtered_resps[first] for instance in self.instances]
+        results = self._task.process_results(self.instances[0].doc, filtered)
         scores = {k: float(v) for k, v in results.items() if isinstance(v, int | float)}
         if not scores:
             raise EvaluationError(f"{self.task} has no metric of single samples")
@@ -91,9 +91,32 @@ class TextSample:
 
 
 def side_by_side(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells of one budget, whose caches are about equally long and so make a good batch."""
-    budgets = dict.fromkeys(cell.budget for cell in cells)
-    return [[cell for cell in cells if cell.budget == budget] for budget in budgets]
+    """Cells whose caches make a good batch: those that keep everything, and all others."""
+    parts = [[c for c in cells if (c.budget is None) == whole] for whole in (True, False)]
+    return [part for part in parts if part]
+
+
+def write_together(
+    samples: Sequence[TaskSample], lm: GridLM, cells: Sequence[Cell]
+) -> list[list[Answer]]:
+    """The answers of every cell to samples of one task, written side by side."""
+    found: dict[tuple[int, Cell], Answer] = {}
+    for together in side_by_side(cells):
+        keys = [(place, cell) for place in range(len(samples)) for cell in together]
+        lm.answering(together, len(samples))
+        requests = [samples[place].instances[0] for place, _ in keys]
+        texts = lm.generate_until(requests, disable_tqdm=True)
+        for key, text in zip(keys, texts, strict=True):
+            found[key] = samples[key[0]].scored([text])
+    return [[found[place, cell] for cell in cells] for place in range(len(samples))]
+
+
+def answer(samples: Sequence["Sample"], lm: GridLM, cells: Sequence[Cell]) -> list[list[Answer]]:
+    """The answers of every cell to some samples, together where that is possible."""
+    writing = [sample for sample in samples if isinstance(sample, TaskSample) and sample.writes]
+    if len(writing) == len(samples):
+        return write_together(writing, lm, cells)
+    return [sample.answers(lm, cells) for sample in samples]
 
 
 # one thing to ask: `suite`, `task`, `number`, and a `digest` of all that decides the answers

@@ -1,6 +1,7 @@
 """Many methods and budgets answer one prompt, which is read once."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +49,15 @@ def cells_of(methods: Sequence[str], budgets: Sequence[int | float]) -> list[Cel
 class GridLM(TappaLM):
     """A model whose prompts are read once for all cells: set `now`, then ask.
 
-    With several cells in `now` a prompt is to be asked as often as there are cells, in one batch:
-    each row has the cache of its cell. Keeps what it read until `forget`. `prefill_seconds` and
-    `prefills` add up.
+    With several cells in `now` a prompt is to be asked as often as there are cells, all in one
+    batch, of one prompt or of several: each row has the cache of its cell. Keeps what it read until
+    `forget`. `prefill_seconds` and `prefills` add up.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> None:
+        self._encoded: dict[tuple[str, str], list[int]] = {}
         super().__init__(model, "full", tokenizer=tokenizer, **options)
         self.cells: list[Cell] = [Cell("full", None)]  # of the whole grid
         self.now = self.cells  # those that answer next
@@ -66,26 +68,47 @@ class GridLM(TappaLM):
 
     def forget(self) -> None:
         """Let go of all prompts."""
+        self._encoded.clear()
         self._recordings.clear()
         self._made.clear()
         self.sizes = {}
 
-    def answering(self, cells: Sequence[Cell]) -> None:
-        """These cells answer next, together."""
+    def answering(self, cells: Sequence[Cell], prompts: int = 1) -> None:
+        """These cells answer next, together, so many prompts in a batch."""
         self.now = list(cells)
-        self.batch_size_per_gpu = len(self.now)
+        self.batch_size_per_gpu = len(self.now) * prompts
 
     def cache_of(
         self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
     ) -> CompressedCache:
-        """The prompt's cache in the cells at hand."""
-        assert len(ids) == len(self.now), "one row for each cell at hand"
-        assert bool((ids == ids[0]).all()), "all cells answer the same prompt"
-        tokens = tuple(ids[0].tolist())
-        if len(tokens) < 2:
+        """The prompts' caches: the rows of a prompt are those of the cells at hand, in order."""
+        prompts = [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
+        if min(map(len, prompts)) < 2:
             return self.new_cache()
-        caches = [self._take(tokens, cell) for cell in self.now]
+        met: Counter[tuple[int, ...]] = Counter()
+        caches = []
+        for prompt in prompts:
+            cell = self.now[met[prompt] % len(self.now)]
+            caches.append(self._take(prompt, cell))
+            met[prompt] += 1
+        assert not any(count % len(self.now) for count in met.values()), "a row for each cell"
         return caches[0] if len(caches) == 1 else stack_caches(caches)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Called by lm-eval for every request: each prompt is tokenized once."""
+        key = (string, repr((args, sorted(kwargs.items()))))
+        if key not in self._encoded:
+            self._encoded[key] = super().tok_encode(string, *args, **kwargs)
+        return self._encoded[key]
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by lm-eval for every batch: each prompt is tokenized once."""
+        distinct = list(dict.fromkeys(strings))
+        ids, mask = super().tok_batch_encode(distinct, *args, **kwargs)
+        rows = [distinct.index(string) for string in strings]
+        return ids[rows], mask[rows]
 
     def recording(self, tokens: tuple[int, ...]) -> Recording:
         """A prompt without its last token, read at the first call."""
