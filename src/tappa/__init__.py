@@ -5,15 +5,19 @@ from tappa.compression import compress_context, compressed, record
 from tappa.errors import TappaError
 from tappa.layer_statistics import Settings
 from tappa.models import load
+from tappa.pruning import Calibration, calibrate, prune
 
 __version__ = "0.1.0"
 __all__ = [
     "Analysis",
+    "Calibration",
     "Settings",
     "TappaError",
     "analyze",
+    "calibrate",
     "compress_context",
     "compressed",
     "load",
+    "prune",
     "record",
 ]

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tappa
+from tappa import pruning
 from tappa.compression import (
     check_method,
     describe_methods,
@@ -21,10 +23,10 @@ from tappa.compression import (
     split_methods,
     write_on,
 )
-from tappa.display import render_methods, render_written, show
-from tappa.errors import EvaluationError, TappaError, TextError
+from tappa.display import render_methods, render_plan, render_written, show
+from tappa.errors import EvaluationError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
-from tappa.texts import packaged_prompt, packaged_text, read_text
+from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
 
 ModelArgument = Annotated[
     str | None,
@@ -281,6 +283,132 @@ def lm_eval_command(context: typer.Context) -> None:
     from tappa.evaluation.harness import lm_eval_main
 
     lm_eval_main(context.args)
+
+
+@app.command()
+def prune(
+    model: ModelArgument = None,
+    layers: Annotated[int, typer.Option(help="Layers to remove.")] = 0,
+    order: Annotated[
+        str,
+        typer.Option(help="bi_prime, bi, q_similarity, uniform, random, reverse or greedy."),
+    ] = "bi_prime",
+    beta: Annotated[float, typer.Option(help="Weight of 1 - q-similarity in bi_prime.")] = 0.3,
+    query_heads: Annotated[
+        int, typer.Option(help="Query heads of the whole model to silence: no smaller, no faster.")
+    ] = 0,
+    kv_groups: Annotated[
+        int, typer.Option(help="KV heads of every layer to slice out, with their query heads.")
+    ] = 0,
+    importance: Annotated[
+        str, typer.Option(help="Of heads: dissimilarity (1 - S), output (norm), or mix.")
+    ] = "mix",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Calibration text; may be repeated. Default: half of the packaged one."),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Text for perplexity. Default: the other half of the packaged one."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    stride: Annotated[int, typer.Option(help="Tokens from one window's start to the next.")] = 256,
+    windows: Annotated[
+        int, typer.Option(min=1, help="At most so many windows, evenly spread over the text.")
+    ] = 32,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="File of the calibration: written, resumed, and used if complete."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order random.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the checkpoint.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of BI, q-similarity and BI' (.png, .svg, .pdf).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print order and scores; remove nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the checkpoint in the output folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Remove layers or heads, and save a checkpoint that plain transformers loads.
+
+    Examples:
+
+    \b
+      tappa prune --layers 9 --dry-run
+      tappa prune model.gguf --layers 6 --beta 0.3 --out smaller
+      tappa prune ./my-model --layers 4 --order greedy --windows 4 --out smaller
+      tappa prune ./my-model --kv-groups 1 --importance dissimilarity --out smaller
+    """
+    kit = pruning
+    wanted = kit.Amounts(
+        *(layers, query_heads, kv_groups, order, beta, seed),
+        importance=importance,  # type: ignore[arg-type]  # checked below
+    )
+    if not dry_run and out is None:
+        raise PruningError("expected --out FOLDER for the checkpoint, or --dry-run")
+    if out is not None and not dry_run:
+        kit.check_target(out, force=force)
+    kind = kit.check_plot(plot) if plot is not None else ""
+    first, second = packaged_halves()
+    known = [read_text(path) for path in text] if text else [first]
+    held = second if held_out is None else read_text(held_out)
+    errors = Console(stderr=True)
+    with errors.status("loading the model"):
+        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    wanted.check(loaded.model)
+    cut = {"window": window, "limit": windows}
+    windows_of = partial(kit.Windows.of, loaded.model, loaded.tokenizer)
+    calibration_windows = windows_of(known, stride=stride, **cut)
+    held_windows = windows_of(held, stride=window, **cut)
+    with _progress(errors, "calibrating", "windows") as bar:
+        task = bar.add_task("windows", total=None)
+        found = kit.calibrate_on(
+            *(loaded.model, calibration_windows),
+            state=calibration,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    with errors.status("choosing" if order != "greedy" else "measuring layer by layer"):
+        chosen = kit.plan(loaded.model, found, wanted, calibration_windows)
+    if plot is not None:
+        write_atomic(plot, kit.plot(found, chosen, kind))
+    if dry_run:
+        print(kit.as_json(found, chosen) if as_json else render_plan(found, chosen))
+        return
+    assert out is not None
+    with _progress(errors, "measuring", "windows") as bar:
+        task = bar.add_task("windows", total=None)
+
+        def follow(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        before = kit.measure(loaded.model, held_windows, progress=follow)
+        kit.apply(loaded.model, chosen)
+        after = kit.measure(loaded.model, held_windows, progress=follow)
+    texts = {
+        "calibration": ", ".join(map(str, text or [])) or "first half of the packaged text",
+        "held_out": str(held_out or "second half of the packaged text"),
+    }
+    content = kit.as_json(found, chosen, (before, after))
+    files: dict[str, str | bytes] = {
+        "README.md": kit.model_card(found, chosen, (before, after), texts),
+        "pruning.json": content,
+    }
+    kit.save_checkpoint(loaded.model, loaded.tokenizer, out, files=files, force=force)
+    if as_json:
+        print(content)
+        return
+    print(render_plan(found, chosen))
+    print(kit.figures_table(before, after))
+    print(f"wrote {out}: a checkpoint for AutoModelForCausalLM, README.md and pruning.json")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from rich.text import Text
 from tappa.analysis import Analysis
 from tappa.compression import Written
 from tappa.patterns import LABELS, explain
+from tappa.pruning import Calibration, Plan, layer_rows
 
 LETTERS = dict(zip(LABELS, "RSPL·", strict=True))
 STYLES = dict(zip(LABELS, ("cyan", "green", "magenta", "yellow", "dim"), strict=True))
@@ -132,3 +133,18 @@ def render_methods(described: dict[str, str]) -> RenderableType:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
+
+
+def render_plan(calibration: Calibration, wanted: Plan) -> str:
+    """Scores of every layer, what goes, and in which order."""
+    lines = ["layer      BI  q-similarity     BI'"]
+    for row in layer_rows(calibration, wanted):
+        mark = f"  removed as number {row['removed']}" if row["removed"] else ""
+        figures = f"{row['bi']:7.4f}  {row['q_similarity']:12.4f}  {row['bi_prime']:6.3f}"
+        lines.append(f"{row['layer']:5}  {figures}{mark}")
+    for name, heads in (("silenced", wanted.query_heads), ("sliced out", wanted.kv_groups)):
+        if heads:
+            kind = "query heads" if name == "silenced" else "KV heads and their query heads"
+            listed = ", ".join(f"L{layer} H{head}" for layer, head in heads)
+            lines.append(f"{kind}, {name}: {listed}")
+    return "\n".join(lines) + "\n"

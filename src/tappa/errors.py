@@ -33,5 +33,9 @@ class EvaluationError(TappaError):
     """A task, a suite of tasks or a setting of an evaluation that cannot work."""
 
 
+class PruningError(TappaError):
+    """Layers or heads that cannot be removed, or a calibration that does not fit."""
+
+
 class NonFiniteError(CaptureError):
     """NaN or infinity in the queries or keys of a layer."""

@@ -40,6 +40,13 @@ def packaged_text() -> str:
     return source.read_text(encoding="utf-8")
 
 
+def packaged_halves() -> tuple[str, str]:
+    """The packaged text in two, cut between paragraphs: one to choose on, one to judge on."""
+    text = packaged_text()
+    middle = text.index("\n\n", len(text) // 2)
+    return text[:middle], text[middle:].lstrip("\n")
+
+
 def packaged_prompt(characters: int = 9000) -> str:
     """The beginning of the packaged text, about 2000 tokens, cut between paragraphs."""
     return packaged_text()[:characters].rpartition("\n\n")[0]

@@ -108,22 +108,20 @@ def adakv(window: int = 32, kernel: int = 5, floor: float = 0.2) -> Method:
 
 def tappa(
     window: int = 32,
-    kernel: int = 5,
+    kernel: int = 9,
     exponent: float = 2.0,
     variant: Variant = DEFAULT,
     cake_share: float = 0.5,
     per_head: bool = False,
     floor: float = 0.2,
     layer_floor: float = 0.0,
-    expected_share: float = 0.1,
+    expected_share: float = 0.0,
     gamma: float = 200.0,
-    max_pool: bool = False,
-    max_group: bool = False,
 ) -> Method:
-    """Attention now and expected; layers by CAKE and (1 - S)^2, heads by score (tappa)."""
+    """CAKE's scores, pooled wider; layers by P_CAKE and (1 - S)^2, heads by score (tappa)."""
     rule = budgets.similarity(exponent, variant, per_head, cake_share)
     return Method(
-        scorers.mixed(expected_share, scorers.window_mean_var(gamma, kernel, max_pool, max_group)),
+        scorers.mixed(expected_share, scorers.window_mean_var(gamma, kernel)),
         rule,
         window,
         sharing="heads" if per_head else "pooled",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d
 
 from tappa.attention_profile import Attention
 from tappa.compression.options import check_range
@@ -68,10 +68,6 @@ class TokenView:
     def mean_over_group(self, x: Float[Tensor, "heads tokens"]) -> Scores:
         """Mean over the query heads of each KV head."""
         return x.view(len(self.keys), -1, x.shape[-1]).mean(1)
-
-    def max_over_group(self, x: Float[Tensor, "heads tokens"]) -> Scores:
-        """The largest of the query heads of each KV head."""
-        return x.view(len(self.keys), -1, x.shape[-1]).amax(1)
 
 
 Score = Callable[[TokenView], Scores]
@@ -155,27 +151,22 @@ def window_mean(kernel: int = 5) -> Scorer:
     return window_mean_var(0.0, kernel)
 
 
-def window_mean_var(
-    gamma: float = 200.0, kernel: int = 5, max_pool: bool = False, max_group: bool = False
-) -> Scorer:
+def window_mean_var(gamma: float = 200.0, kernel: int = 5) -> Scorer:
     """Mean + gamma variance of the last queries' attention, pooled. Source: CAKE (2503.12491).
 
-    Pooling over neighbours takes their mean or, with `max_pool`, their largest; the query heads of
-    a KV head give their mean or, with `max_group`, the largest.
+    Mean over the query heads of a KV head, then over `kernel` neighbours.
     """
     check_range("gamma", gamma, 0)
     check_range("kernel", kernel, 1)
     if kernel % 2 == 0:
         raise CompressionError(f"expected an odd kernel of at least 1, got {kernel!r}")
-    pool = max_pool1d if max_pool else avg_pool1d
 
     def score(tokens: TokenView) -> Scores:
         figure = tokens.weights.mean(1)
         if gamma and tokens.weights.shape[1] > 1:
             figure = figure + gamma * variance_over_window(tokens.weights)
-        group = tokens.max_over_group(figure) if max_group else tokens.mean_over_group(figure)
-        scores = (group * tokens.earlier)[:, None]
-        return pool(scores, kernel, stride=1, padding=kernel // 2)[:, 0]
+        scores = (tokens.mean_over_group(figure) * tokens.earlier)[:, None]
+        return avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)[:, 0]
 
     return Scorer(score, _WINDOW)
 

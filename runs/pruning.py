@@ -1,0 +1,248 @@
+"""What removing layers or heads costs, by every order: perplexity and multiple choice.
+
+    python runs/pruning.py run MODEL --out results.jsonl [--device cuda --dtype bfloat16] ...
+    python runs/pruning.py table results.jsonl ...
+
+`run` calibrates on the first half of the packaged text (windows of 1024 tokens, stride 256), and
+writes one JSON line for each order and share of layers (or of query heads) removed: what is gone,
+the mean -log p of each window of the second half, and of each multiple-choice question (suite
+`choice` of `tappa eval`, through lm-evaluation-harness, `acc_norm`) whether it was answered right.
+Lines that are there are kept; what two orders both remove is measured once. Nothing is trained.
+
+`table` prints Markdown: perplexity, accuracy, paired differences from the order `bi` (of heads:
+from random ones, seed 0) with bootstrap 95% intervals and permutation tests, Holm-corrected.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tappa
+from tappa.evaluation.choice_suite import write_choice_suite
+from tappa.evaluation.statistics import average_of, holm, paired_difference, stratified_difference
+from tappa.pruning import (
+    Amounts,
+    Calibration,
+    Plan,
+    Windows,
+    calibrate_on,
+    head_importance,
+    layers_removed,
+    nll_of_windows,
+    perplexity_of,
+    plan,
+    silence_heads,
+)
+from tappa.pruning.structure import attention_in, decoder_layers, output_projection
+from tappa.texts import packaged_halves
+
+SHARES = (0.1, 0.2, 0.3)
+BETAS = (0.1, 0.2, 0.3, 0.5)
+SEEDS = (0, 1, 2)
+CHANCE = (0.5 + 4 * 0.25) / 5
+Case = tuple[str, str, float, Plan]  # what is removed, order, share, plan
+
+
+def layer_cases(model: Any, calibration: Calibration, windows: Windows) -> Iterator[Case]:
+    """Every order and share of layers."""
+    count = calibration.model["layers"]
+    orders: list[tuple[str, dict[str, Any]]] = [
+        *((name, {"order": name}) for name in ("bi", "q_similarity", "uniform", "reverse")),
+        *((f"bi_prime, beta {beta}", {"order": "bi_prime", "beta": beta}) for beta in BETAS),
+        *((f"random, seed {seed}", {"order": "random", "seed": seed}) for seed in SEEDS),
+        ("greedy", {"order": "greedy"}),
+    ]
+    for share in SHARES:
+        for name, options in orders:
+            wanted = Amounts(layers=round(share * count), **options)
+            yield "layers", name, share, plan(model, calibration, wanted, windows)
+
+
+def head_cases(model: Any, calibration: Calibration, windows: Windows) -> Iterator[Case]:
+    """Every order and share of query heads, silenced."""
+    layers, heads = calibration.q_similarity.shape
+    orders = {
+        "high q-similarity first": head_importance(calibration, "dissimilarity"),
+        "low q-similarity first": -head_importance(calibration, "dissimilarity"),
+        "small output first": head_importance(calibration, "output"),
+        "mix": head_importance(calibration, "mix"),
+    }
+    for seed in SEEDS:
+        orders[f"random, seed {seed}"] = np.random.default_rng(seed).random((layers, heads))
+    for share in SHARES:
+        for name, figure in orders.items():
+            count = round(share * layers * heads)
+            places = np.argsort(figure.ravel(), kind="stable")[:count]
+            gone = [(int(p) // heads, int(p) % heads) for p in places]
+            yield "heads", name, share, Plan(query_heads=gone)
+
+
+def run(options: argparse.Namespace) -> None:
+    model, tokenizer = tappa.load(options.model, device=options.device, dtype=options.dtype)
+    first, second = packaged_halves()
+    known = Windows.of(model, tokenizer, first, limit=options.windows)
+    held = Windows.of(model, tokenizer, second, stride=1024, limit=options.windows)
+    greedy = Windows.of(model, tokenizer, first, window=512, stride=512, limit=options.greedy)
+    calibration = calibrate_on(model, known, state=options.out.with_suffix(".calibration.json"))
+    lines = (
+        [json.loads(x) for x in options.out.read_text().splitlines()]
+        if options.out.exists()
+        else []
+    )
+    found = {(x["what"], x["order"], x["share"]): x for x in lines}
+    measured = {_key(x["layers"], x["heads"]): x for x in lines}
+    cases: list[Case] = [("layers", "none", 0.0, Plan())]
+    for maker in (layer_cases, head_cases):
+        if options.what in ("both", maker.__name__.partition("_")[0] + "s"):
+            cases += maker(model, calibration, greedy)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = write_choice_suite(Path(folder), per_task=options.limit)
+        harness = _harness(model, tokenizer, options.batch)
+        for what, order, share, wanted in cases:
+            if (what, order, share) in found:
+                continue
+            key = _key(wanted.layers, wanted.query_heads)
+            if key not in measured:
+                with layers_removed(model, wanted.layers), silenced(model, wanted.query_heads):
+                    nll = nll_of_windows(model, held)
+                    right = choices(harness, tasks, Path(folder))
+                measured[key] = {"nll": nll, "right": right}
+            line = {"what": what, "order": order, "share": share, "model": calibration.model}
+            line |= {"layers": wanted.layers, "heads": wanted.query_heads}
+            line |= {name: measured[key][name] for name in ("nll", "right")}
+            with options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            accuracy = np.mean([np.mean(x) for x in line["right"].values()])
+            print(
+                f"{what} {order} {share}: perplexity {perplexity_of(line['nll']):.2f}, "
+                f"accuracy {accuracy:.3f}",
+                file=sys.stderr,
+            )
+
+
+def _key(layers: Any, heads: Any) -> str:
+    return json.dumps([sorted(layers), sorted(map(list, heads))])
+
+
+class silenced:
+    """The model without what some query heads add, inside of a `with`."""
+
+    def __init__(self, model: Any, heads: list[tuple[int, int]]) -> None:
+        self.model, self.heads = model, heads
+
+    def __enter__(self) -> None:
+        layers = {layer for layer, _ in self.heads}
+        self.weights = {
+            output_projection(attention_in(decoder_layers(self.model)[layer])): None
+            for layer in layers
+        }
+        self.before = {module: module.weight.clone() for module in self.weights}
+        silence_heads(self.model, self.heads)
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            for module, weight in self.before.items():
+                module.weight.copy_(weight)
+
+
+def _harness(model: Any, tokenizer: Any, batch: int) -> Any:
+    import logging
+
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+def choices(harness: Any, tasks: list[str], folder: Path) -> dict[str, list[float]]:
+    """Of every task: for each question, whether it was answered right."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    done = simple_evaluate(model=harness, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    return {
+        name: [s["acc_norm"] for s in sorted(done["samples"][name], key=lambda s: s["doc_id"])]
+        for name in tasks
+    }
+
+
+def table(options: argparse.Namespace) -> None:
+    lines = [json.loads(x) for file in options.files for x in file.read_text().splitlines()]
+    for name in dict.fromkeys(x["model"]["name"] for x in lines):
+        mine = [x for x in lines if x["model"]["name"] == name]
+        whole = next(x for x in mine if x["order"] == "none")
+        for what in ("layers", "heads"):
+            for share in sorted({x["share"] for x in mine if x["what"] == what and x["share"]}):
+                rows = [x for x in mine if (x["what"], x["share"]) == (what, share)]
+                print(_table(name, what, share, rows, whole))
+
+
+def _table(name: str, what: str, share: float, rows: list[dict], whole: dict) -> str:
+    base = next(x for x in rows if x["order"] == ("bi" if what == "layers" else "random, seed 0"))
+    count = len(base["layers"] or base["heads"])
+    size = whole["model"]["layers"] * (1 if what == "layers" else whole["model"]["heads"])
+    others = [x for x in rows if x is not base]
+    right = {id(x): list(x["right"].values()) for x in [*rows, whole]}
+    nll = [paired_difference(x["nll"], base["nll"]) for x in others]
+    accuracy = [stratified_difference(right[id(x)], right[id(base)]) for x in others]
+    corrected = holm([d.p for d in (*nll, *accuracy)])
+    n = sum(map(len, right[id(whole)]))
+    out = [
+        f"### {name}: {count} of {size} {what} removed",
+        "",
+        f"n = {len(whole['nll'])} windows of 1024 tokens, {n} questions ({n // 5} a task); in "
+        f"brackets the paired difference from {base['order']} with its 95% interval; * p < .05 "
+        f"after Holm over the {len(corrected)} tests of this table",
+        "",
+        "| order | gone | perplexity | accuracy |",
+        "|---|---|---|---|",
+    ]
+    for row in [whole, *sorted(rows, key=lambda x: np.mean(x["nll"]))]:
+        mean = average_of(right[id(row)])
+        cells = [f"{perplexity_of(row['nll']):.2f}", f"{mean.mean:.3f} ± {mean.error:.3f}"]
+        if row in others:
+            place = others.index(row)
+            for i, (d, p) in enumerate(
+                ((nll[place], corrected[place]), (accuracy[place], corrected[len(nll) + place]))
+            ):
+                unit = " nats" if i == 0 else ""
+                star = "*" if p < 0.05 else ""
+                cells[i] += f" ({d.mean:+.3f}{unit}, {d.low:+.3f} to {d.high:+.3f}){star}"
+        gone = ", ".join(map(str, sorted(row["layers"]))) or (str(len(row["heads"])) + " heads")
+        out.append(f"| {row['order']} | {'–' if row is whole else gone} | {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.set_defaults(call=run)
+    one.add_argument("model")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--what", choices=("both", "layers", "heads"), default="both")
+    one.add_argument("--limit", type=int, default=100, help="questions of each task")
+    one.add_argument("--windows", type=int, default=32)
+    one.add_argument("--greedy", type=int, default=4, help="windows of 512 tokens for greedy")
+    one.add_argument("--batch", type=int, default=16)
+    one.add_argument("--device", default="auto")
+    one.add_argument("--dtype", default="auto")
+    other = commands.add_parser("table")
+    other.set_defaults(call=table)
+    other.add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args()
+    options.call(options)
+
+
+if __name__ == "__main__":
+    main()

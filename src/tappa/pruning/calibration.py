@@ -1,0 +1,263 @@
+"""What pruning needs to know of a model: sums over windows of text, in one pass each."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tappa.analysis import describe
+from tappa.capture import LayerView, prefill
+from tappa.checkpoint import first_line
+from tappa.errors import NonFiniteError, PruningError
+from tappa.files import write_atomic
+from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
+from tappa.pruning.windows import Windows
+from tappa.similarity import self_similarity
+
+SCHEMA = "tappa.calibration/1"
+EVERY = 8  # windows after which a resumable calibration is written
+_ARRAYS = ("cosines", "similarity", "output")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Sums over windows of text: O(1) memory in the amount of text, and `a.merge(b)` is both.
+
+    - `cosines`: of each layer, sum over tokens of cos(x_in, x_out) of its hidden states
+    - `similarity`: of each query head, sum over windows of q-similarity before RoPE
+    - `output`: of each query head, sum over tokens of the norm of its part of the attention output
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, int]
+    windows: int
+    tokens: int
+    cosines: Float[np.ndarray, " layers"]
+    similarity: Float[np.ndarray, "layers heads"]
+    output: Float[np.ndarray, "layers heads"]
+
+    @property
+    def block_influence(self) -> Float[np.ndarray, " layers"]:
+        """`BI = 1 - mean cos(x_in, x_out)`. Source: ShortGPT (arXiv 2403.03853), eq. 1."""
+        return 1 - self.cosines / self.tokens
+
+    @property
+    def q_similarity(self) -> Float[np.ndarray, "layers heads"]:
+        """S of every query head before RoPE, all pairs of a window, mean over windows."""
+        return self.similarity / self.windows
+
+    @property
+    def layer_similarity(self) -> Float[np.ndarray, " layers"]:
+        """S of every layer, mean over its query heads."""
+        return self.q_similarity.mean(1)
+
+    @property
+    def head_output(self) -> Float[np.ndarray, "layers heads"]:
+        """Mean over tokens of `|W_o,h o_h|`, what a head adds to the residual stream."""
+        return self.output / self.tokens
+
+    def merge(self, other: "Calibration") -> "Calibration":
+        """The calibration on both sets of windows. Raises PruningError where they do not fit."""
+        for name in ("model", "settings"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise PruningError(f"cannot merge: {name} differs, {mine} and {theirs}")
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("windows", "tokens", *_ARRAYS)
+        }
+        return Calibration(self.model, self.settings, **sums)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file, atomically. Raises OutputError."""
+        content = asdict(self) | {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return write_atomic(path, json.dumps({"schema": SCHEMA} | content, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read a file written by `save`. Raises PruningError for what is none."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("schema", None) != SCHEMA:
+                raise PruningError(f"expected schema {SCHEMA!r} in {path}")
+            arrays: dict[str, Any] = {k: np.array(content.pop(k), float) for k in _ARRAYS}
+            found = cls(**content, **arrays)
+            layers = found.model["layers"], found.model["heads"]
+            fits = found.similarity.shape == found.output.shape == layers
+            if not fits or found.cosines.shape != layers[:1] or found.windows < 1:
+                raise PruningError(f"incomplete calibration {path}")
+        except PruningError:
+            raise
+        except Exception as error:  # missing, not JSON, not an object, other fields
+            raise PruningError(
+                f"cannot read the calibration {path}: {first_line(error)}"
+            ) from error
+        return found
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str],
+    *,
+    window: int = 1024,
+    stride: int = 256,
+    limit: int | None = None,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Block influence and q-similarity of every layer, over windows of texts.
+
+    Windows are `window` tokens long and start every `stride` tokens; of many, `limit` are taken,
+    evenly spread. With `state`, sums are written to that file every few windows, and a run that
+    was interrupted goes on from there.
+
+        calibration = tappa.calibrate(model, tokenizer, text, limit=32)
+        calibration.block_influence, calibration.layer_similarity
+
+    Raises:
+        TextError, ModelError, CaptureError, NonFiniteError, PruningError: one line each.
+    """
+    windows = Windows.of(model, tokenizer, texts, window=window, stride=stride, limit=limit)
+    return calibrate_on(model, windows, state=state, progress=progress)
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    windows: Windows,
+    *,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """`calibrate` on windows of token ids."""
+    known, first = None, 0
+    identity = windows.digest
+    if state is not None and Path(state).is_file():
+        known, first = _resume(Path(state), identity, model, windows)
+    sums = _Sums(model)
+    for number in range(first, len(windows.ids)):
+        if progress is not None:
+            progress(number, len(windows.ids))
+        sums.see(windows.ids[number])
+        last = number == len(windows.ids) - 1
+        if last or (state is not None and sums.windows % EVERY == 0):
+            found = sums.calibration(windows.settings)
+            known = found if known is None else known.merge(found)
+            sums = _Sums(model)
+            if state is not None:
+                content = {"windows": identity, "done": number + 1}
+                known.save(state)
+                write_atomic(_notes(Path(state)), json.dumps(content))
+    if progress is not None:
+        progress(len(windows.ids), len(windows.ids))
+    assert known is not None  # Windows.of refuses to return none
+    return known
+
+
+def _notes(state: Path) -> Path:
+    return state.with_name(state.name + ".progress")
+
+
+def _resume(
+    state: Path, identity: str, model: PreTrainedModel, windows: Windows
+) -> tuple[Calibration, int]:
+    found = Calibration.load(state)
+    notes = _notes(state)
+    try:
+        content = json.loads(notes.read_text(encoding="utf-8"))
+        same = content["windows"] == identity and content["done"] == found.windows
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same or found.model != describe(model) or found.settings != windows.settings:
+        raise PruningError(
+            f"{state} is of another model, other texts or other windows: choose another file, "
+            "or delete it"
+        )
+    return found, found.windows
+
+
+@dataclass
+class _Sums:
+    """The sums so far, and the hooks that see a forward pass."""
+
+    model: PreTrainedModel
+    windows: int = 0
+    tokens: int = 0
+    cosines: Tensor = field(init=False)
+    similarity: Tensor = field(init=False)
+    output: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers, (heads, _) = decoder_layers(self.model), heads_of(self.model)
+        self.cosines = torch.zeros(len(layers), dtype=torch.float64)
+        self.similarity = torch.zeros(len(layers), heads, dtype=torch.float64)
+        self.output = torch.zeros(len(layers), heads, dtype=torch.float64)
+
+    def see(self, ids: Sequence[int]) -> None:
+        """One window: one forward pass."""
+
+        def consume(view: LayerView) -> None:
+            queries = view.unrotate(view.queries, view.query_start)
+            self.similarity[view.layer] += self_similarity(queries).cpu()
+
+        with _watching(self.model, self.cosines, self.output):
+            prefill(self.model, torch.tensor([list(ids)]), consume, logits_to_keep=1)
+        self.windows += 1
+        self.tokens += len(ids)
+        for name in _ARRAYS:
+            if not bool(getattr(self, name).isfinite().all()):
+                raise NonFiniteError(f"NaN or infinity in the {name} of a layer")
+
+    def calibration(self, settings: dict[str, int]) -> Calibration:
+        """What was seen."""
+        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS}
+        return Calibration(describe(self.model), settings, self.windows, self.tokens, **arrays)
+
+
+@contextmanager
+def _watching(model: PreTrainedModel, cosines: Tensor, output: Tensor) -> Iterator[None]:
+    """Hooks that add up what each layer does to the residual stream, and each head's part."""
+    handles = []
+    for number, layer in enumerate(decoder_layers(model)):
+        handles.append(layer.register_forward_hook(_see_layer(cosines, number), with_kwargs=True))
+        projection = output_projection(attention_in(layer))
+        handles.append(projection.register_forward_pre_hook(_see_heads(output, number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _see_layer(cosines: Tensor, number: int) -> Callable[..., None]:
+    def see(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = out[0] if isinstance(out, tuple) else out
+        cosines[number] += (
+            cosine_similarity(before.float(), after.float(), dim=-1).double().sum().cpu()
+        )
+
+    return see
+
+
+def _see_heads(output: Tensor, number: int) -> Callable[..., None]:
+    def see(module: nn.Module, args: tuple) -> None:
+        assert isinstance(module, nn.Linear)
+        x, heads = args[0].float(), output.shape[1]
+        parts = x.flatten(0, -2).unflatten(-1, (heads, -1))  # tokens, heads, dim
+        weight = module.weight.float().unflatten(1, (heads, -1))
+        gram = torch.einsum("ohd,ohe->hde", weight, weight)
+        squares = torch.einsum("thd,hde,the->th", parts, gram, parts)
+        output[number] += squares.clamp_min(0).sqrt().double().sum(0).cpu()
+
+    return see

@@ -1,0 +1,81 @@
+"""Size, speed and perplexity of a model, before and after."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from tappa.pruning.windows import Windows
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a table before and after shows."""
+
+    parameters: int
+    nbytes: int
+    tokens_per_second: float  # written one by one, median of some runs
+    perplexity: float
+    nll: list[float]  # of each window, mean over its tokens
+
+
+def nll_of_windows(
+    model: PreTrainedModel, windows: Windows, progress: Progress | None = None
+) -> list[float]:
+    """Mean -log p of the tokens of each window after its first, in nats."""
+    device, found = next(model.parameters()).device, []
+    with torch.inference_mode():
+        for number, ids in enumerate(windows.ids):
+            if progress is not None:
+                progress(number, len(windows.ids))
+            tokens = torch.tensor([ids], device=device)
+            logits = model(tokens, use_cache=False).logits[0, :-1]
+            found.append(float(cross_entropy(logits.float(), tokens[0, 1:])))
+    return found
+
+
+def perplexity_of(nll: list[float]) -> float:
+    """exp of the mean over windows; infinity where that is too large for a number."""
+    try:
+        return math.exp(sum(nll) / len(nll))
+    except OverflowError:
+        return math.inf
+
+
+def measure(
+    model: PreTrainedModel, windows: Windows, *, runs: int = 3, progress: Progress | None = None
+) -> Figures:
+    """Parameters, bytes, decoding speed and perplexity on windows of held-out text."""
+    parameters = {id(p): p for p in model.parameters()}.values()  # tied ones count once
+    nll = nll_of_windows(model, windows, progress)
+    return Figures(
+        parameters=sum(p.numel() for p in parameters),
+        nbytes=sum(p.numel() * p.element_size() for p in parameters),
+        tokens_per_second=statistics.median(
+            _speed(model, windows.ids[0][:128]) for _ in range(runs)
+        ),
+        perplexity=perplexity_of(nll),
+        nll=nll,
+    )
+
+
+def _speed(model: PreTrainedModel, prompt: list[int], steps: int = 32) -> float:
+    """Tokens per second of greedy decoding after a short prompt, batch 1."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        ids = torch.tensor([prompt], device=device)
+        out = model(ids, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        token.tolist()  # waits for a GPU
+    return steps / (time.perf_counter() - start)

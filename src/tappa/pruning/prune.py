@@ -1,0 +1,141 @@
+"""prune(): which layers or heads go, and a model without them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from tappa.analysis import describe
+from tappa.errors import PruningError
+from tappa.pruning.calibration import Calibration
+from tappa.pruning.heads import Head, remove_kv_groups, silence_heads
+from tappa.pruning.importance import HeadImportance, group_importance, head_importance
+from tappa.pruning.layers import layers_removed, remove_layers
+from tappa.pruning.measure import nll_of_windows
+from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
+from tappa.pruning.structure import heads_of
+from tappa.pruning.windows import Windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be removed, and by which rule."""
+
+    layers: list[int] = field(default_factory=list)  # in the order of removal
+    query_heads: list[Head] = field(default_factory=list)  # silenced, as (layer, head)
+    kv_groups: list[Head] = field(default_factory=list)  # sliced out, as (layer, KV head)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much to remove and how to choose. Heads are removed first, then layers."""
+
+    layers: int = 0
+    query_heads: int = 0  # of the whole model
+    kv_groups: int = 0  # of every layer
+    order: str = "bi_prime"
+    beta: float = 0.3
+    seed: int = 0
+    importance: HeadImportance = "mix"
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises PruningError for what cannot be removed from this model, before any work."""
+        check_order(self.order)
+        size, (heads, kv_heads) = describe(model), heads_of(model)
+        check_count(self.layers, size["layers"])
+        if self.importance not in get_args(HeadImportance):
+            names = ", ".join(get_args(HeadImportance))
+            raise PruningError(f"expected the importance {names}, got {self.importance!r}")
+        for what, count, most in (
+            ("query heads of the model", self.query_heads, size["layers"] * heads),
+            ("KV heads of each layer", self.kv_groups, kv_heads),
+        ):
+            if not 0 <= count < most:
+                raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
+        if not 0 <= self.beta < float("inf"):
+            raise PruningError(f"expected beta >= 0, got {self.beta!r}")
+
+
+def plan(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    amounts: Amounts,
+    windows: Windows | None = None,
+) -> Plan:
+    """Choose layers and heads; the model stays as it is.
+
+    `windows` are what the order `greedy` measures perplexity on. Raises PruningError.
+    """
+    amounts.check(model)
+    theirs, ours = calibration.model, describe(model)
+    for key in ("class", "layers", "heads", "kv_heads"):
+        if theirs[key] != ours[key]:
+            raise PruningError(
+                f"the calibration is of another model: {key} is {theirs[key]} there and "
+                f"{ours[key]} here"
+            )
+    if amounts.order == "greedy" and windows is None:
+        raise PruningError("the order greedy needs windows of text to measure perplexity on")
+    known = Known(
+        calibration.block_influence,
+        calibration.layer_similarity,
+        amounts.layers,
+        amounts.beta,
+        amounts.seed,
+        None if windows is None else _perplexity_without(model, windows),
+    )
+    importance = head_importance(calibration, amounts.importance)
+    return Plan(
+        layers=layers_to_remove(amounts.order, known),
+        query_heads=_least(importance, amounts.query_heads),
+        kv_groups=[
+            (layer, int(group))
+            for layer, row in enumerate(group_importance(importance, heads_of(model)[1]))
+            for group in np.sort(np.argsort(row, kind="stable")[: amounts.kv_groups])
+        ],
+        settings=asdict(amounts),
+    )
+
+
+def prune(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    *,
+    windows: Windows | None = None,
+    **amounts: Any,
+) -> PreTrainedModel:
+    """Remove layers and heads from a model, in place, and return it.
+
+        calibration = tappa.calibrate(model, tokenizer, text)
+        tappa.prune(model, calibration, layers=9, order="bi_prime", beta=0.3)
+        model.save_pretrained("smaller")
+
+    `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
+    `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. Raises
+    PruningError, and nothing is altered then.
+    """
+    return apply(model, plan(model, calibration, Amounts(**amounts), windows))
+
+
+def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
+    """Remove what a plan says, in place."""
+    silence_heads(model, wanted.query_heads)
+    remove_kv_groups(model, wanted.kv_groups)
+    return remove_layers(model, wanted.layers) if wanted.layers else model
+
+
+def _least(importance: np.ndarray, count: int) -> list[Head]:
+    """The least important heads of the whole model, ties by lower layer and head."""
+    places = np.argsort(importance.ravel(), kind="stable")[:count]
+    return [(int(p) // importance.shape[1], int(p) % importance.shape[1]) for p in places]
+
+
+def _perplexity_without(model: PreTrainedModel, windows: Windows) -> Measure:
+    def measure(gone: Any) -> float:
+        with layers_removed(model, gone):
+            nll = nll_of_windows(model, windows)
+        return sum(nll) / len(nll)
+
+    return measure

@@ -1,0 +1,65 @@
+"""Windows of text, for calibration and for perplexity."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tappa.errors import PruningError, TextError
+from tappa.models import context_length
+from tappa.texts import MIN_TOKENS
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids of each window, and how they were cut."""
+
+    ids: list[list[int]]
+    window: int
+    stride: int
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: str | Sequence[str],
+        *,
+        window: int = 1024,
+        stride: int = 256,
+        limit: int | None = None,
+    ) -> "Windows":
+        """Windows of texts; a text shorter than one is one window. See `calibrate`.
+
+        Raises TextError for too short a text, PruningError for windows that cannot be.
+        """
+        context = context_length(model) or window
+        if not MIN_TOKENS <= window <= context:
+            raise PruningError(
+                f"expected windows of {MIN_TOKENS} to {context} tokens, got {window}"
+            )
+        if stride < 1 or (limit is not None and limit < 1):
+            raise PruningError(f"expected stride and limit >= 1, got {stride} and {limit}")
+        found: list[list[int]] = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = list(tokenizer(text, verbose=False).input_ids)
+            last = max(len(ids) - window, 0)
+            found += [ids[start : start + window] for start in range(0, last + 1, stride)]
+        if not found or min(map(len, found)) < MIN_TOKENS:
+            shortest = min(map(len, found), default=0)
+            raise TextError(f"expected texts of at least {MIN_TOKENS} tokens, got {shortest}")
+        if limit is not None and limit < len(found):
+            found = [found[i * len(found) // limit] for i in range(limit)]
+        return cls(found, window, stride)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """How they were cut."""
+        return {"window": self.window, "stride": self.stride}
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of all ids."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
