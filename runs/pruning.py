@@ -14,10 +14,13 @@ from random ones, seed 0) with bootstrap 95% intervals and permutation tests, Ho
 """
 
 import argparse
+import itertools
 import json
+import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,6 @@ from tappa.texts import packaged_halves
 SHARES = (0.1, 0.2, 0.3)
 BETAS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
-CHANCE = (0.5 + 4 * 0.25) / 5
 Case = tuple[str, str, float, Plan]  # what is removed, order, share, plan
 
 
@@ -57,15 +59,18 @@ def layer_cases(model: Any, calibration: Calibration, windows: Windows) -> Itera
         *((name, {"order": name}) for name in ("bi", "q_similarity", "uniform", "reverse")),
         *((f"bi_prime, beta {beta}", {"order": "bi_prime", "beta": beta}) for beta in BETAS),
         *((f"random, seed {seed}", {"order": "random", "seed": seed}) for seed in SEEDS),
-        ("greedy", {"order": "greedy"}),
     ]
     for share in SHARES:
         for name, options in orders:
             wanted = Amounts(layers=round(share * count), **options)
-            yield "layers", name, share, plan(model, calibration, wanted, windows)
+            yield "layers", name, share, plan(model, calibration, wanted)
+    most = Amounts(layers=round(max(SHARES) * count), order="greedy")
+    chosen = plan(model, calibration, most, windows).layers  # fewer are the first of these
+    for share in SHARES:
+        yield "layers", "greedy", share, Plan(layers=chosen[: round(share * count)])
 
 
-def head_cases(model: Any, calibration: Calibration, windows: Windows) -> Iterator[Case]:
+def head_cases(calibration: Calibration) -> Iterator[Case]:
     """Every order and share of query heads, silenced."""
     layers, heads = calibration.q_similarity.shape
     orders = {
@@ -98,14 +103,15 @@ def run(options: argparse.Namespace) -> None:
     )
     found = {(x["what"], x["order"], x["share"]): x for x in lines}
     measured = {_key(x["layers"], x["heads"]): x for x in lines}
-    cases: list[Case] = [("layers", "none", 0.0, Plan())]
-    for maker in (layer_cases, head_cases):
-        if options.what in ("both", maker.__name__.partition("_")[0] + "s"):
-            cases += maker(model, calibration, greedy)
+    parts: list[Iterator[Case]] = [iter([("layers", "none", 0.0, Plan())])]
+    if options.what in ("both", "heads"):
+        parts.append(head_cases(calibration))
+    if options.what in ("both", "layers"):
+        parts.append(layer_cases(model, calibration, greedy))
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_choice_suite(Path(folder), per_task=options.limit)
         harness = _harness(model, tokenizer, options.batch)
-        for what, order, share, wanted in cases:
+        for what, order, share, wanted in itertools.chain(*parts):
             if (what, order, share) in found:
                 continue
             key = _key(wanted.layers, wanted.query_heads)
@@ -131,30 +137,22 @@ def _key(layers: Any, heads: Any) -> str:
     return json.dumps([sorted(layers), sorted(map(list, heads))])
 
 
-class silenced:
+@contextmanager
+def silenced(model: Any, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
     """The model without what some query heads add, inside of a `with`."""
-
-    def __init__(self, model: Any, heads: list[tuple[int, int]]) -> None:
-        self.model, self.heads = model, heads
-
-    def __enter__(self) -> None:
-        layers = {layer for layer, _ in self.heads}
-        self.weights = {
-            output_projection(attention_in(decoder_layers(self.model)[layer])): None
-            for layer in layers
-        }
-        self.before = {module: module.weight.clone() for module in self.weights}
-        silence_heads(self.model, self.heads)
-
-    def __exit__(self, *error: object) -> None:
+    layers = decoder_layers(model)
+    weights = [output_projection(attention_in(layers[i])).weight for i in {i for i, _ in heads}]
+    before = [weight.clone() for weight in weights]
+    silence_heads(model, heads)
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for module, weight in self.before.items():
-                module.weight.copy_(weight)
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
 
 
 def _harness(model: Any, tokenizer: Any, batch: int) -> Any:
-    import logging
-
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ import tappa
 from tappa.errors import CompressionError, EvaluationError
 from tappa.evaluation.evaluate import Evaluation, describe_outcome, evaluate
 from tappa.evaluation.fidelity import Reference, windows
-from tappa.evaluation.grid import run_grid
+from tappa.evaluation.grid import _batches, run_grid
 from tappa.evaluation.harness import TappaLM, read
 from tappa.evaluation.samples import TextSample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
@@ -140,6 +140,36 @@ def test_cells_that_write_side_by_side_write_what_each_writes_alone(
     alone = [sample.answers(lm, [cell])[0] for cell in lm.cells]
     assert together == alone
     assert len({answer["response"][0] for answer in together}) > 2
+
+
+def test_samples_answered_together_get_the_answers_of_each_alone(
+    lm: GridLM, tmp_path: Path
+) -> None:
+    """Prompts of different lengths, padded on the left; also where only some are missing."""
+    names = ["local_single_doc", "local_number_recall"]
+    samples = samples_of(names, lm, Source(3, (700,)), tmp_path / "tasks")
+    cells = cells_of(["full", "snapkv", "tappa"], [40, 64])
+    run_grid(lm, samples, cells, tmp_path / "alone")
+    run_grid(lm, samples[1:2], cells, tmp_path / "together")
+    outcome = run_grid(lm, samples, cells, tmp_path / "together", batch=3)
+    assert (outcome.found, outcome.answered) == (1, 5)
+    alone, together = (files_of(tmp_path / x / "samples") for x in ("alone", "together"))
+    assert alone.keys() == together.keys()
+    for name in alone:
+        mine, theirs = json.loads(alone[name]), json.loads(together[name])
+        for a, b in zip(mine["answers"], theirs["answers"], strict=True):
+            assert (a["response"], a["scores"]) == (b["response"], b["scores"])
+
+
+def test_batches_are_of_one_task_each_in_order(lm: GridLM, tmp_path: Path) -> None:
+    samples = samples_of(["fidelity", "perplexity"], lm, Source(5, (300,)), tmp_path)
+    samples.sort(key=lambda sample: sample.number)
+    found = [[(s.task, s.number) for s in batch] for batch in _batches(samples, 2)]
+    assert found == [
+        [(task, number) for number in numbers]
+        for numbers in ((0, 1), (2, 3), (4,))
+        for task in ("fidelity", "perplexity")
+    ]
 
 
 # ---- fidelity
