@@ -376,8 +376,12 @@ def prune(
             state=calibration,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    with errors.status("choosing" if order != "greedy" else "measuring layer by layer"):
-        chosen = kit.plan(loaded.model, found, wanted, calibration_windows)
+    with _progress(errors, "choosing", "measured") as bar:
+        task = bar.add_task("measured", total=None)
+        chosen = kit.plan(
+            *(loaded.model, found, wanted, calibration_windows),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if plot is not None:
         write_atomic(plot, kit.plot(found, chosen, kind))
     if dry_run:

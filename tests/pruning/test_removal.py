@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tappa
 from tappa.errors import PruningError
 from tappa.pruning import (
     Amounts,
@@ -261,12 +262,32 @@ def test_prune_removes_what_the_plan_says() -> None:
         plan(model, calibration, Amounts(layers=1))
 
 
+def test_an_analysis_knows_q_similarity() -> None:
+    model = tiny_model("llama", num_hidden_layers=5, **WIDE)
+    analysis = tappa.analyze(model, tiny_tokenizer(), "A truth universally acknowledged. " * 3)
+    means = analysis.to_frame().groupby("layer")["q_similarity"].mean()
+    wanted = plan(model, analysis, Amounts(layers=2, order="q_similarity"))
+    assert wanted.layers == list(means.sort_values(ascending=False).index[:2])
+    heads = plan(model, analysis, Amounts(query_heads=1, importance="dissimilarity")).query_heads
+    best = analysis.to_frame().sort_values("q_similarity").iloc[-1]
+    assert heads == [(best["layer"], best["head"])]
+    with pytest.raises(PruningError, match="no block influence, which the order bi_prime needs"):
+        plan(model, analysis, Amounts(layers=2))
+    with pytest.raises(PruningError, match="no outputs of heads"):
+        prune(model, analysis, kv_groups=1)
+
+
 def test_greedy_measures_the_model_itself() -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     windows = Windows.of(model, tiny_tokenizer(), "A truth universally. " * 9, window=31, limit=2)
     calibration = calibrate_on(model, windows)
     before = logits(model)
-    wanted = plan(model, calibration, Amounts(layers=1, order="greedy"), windows)
+    calls = list[tuple[int, int]]()
+    wanted = plan(
+        *(model, calibration, Amounts(layers=1, order="greedy"), windows),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert logits(model).equal(before)
     losses = {}
     for layer in range(4):

@@ -7,7 +7,7 @@ from tappa.pruning.importance import bi_prime, group_importance, head_importance
 from tappa.pruning.layers import layers_removed, remove_layers
 from tappa.pruning.measure import Figures, measure, nll_of_windows, perplexity_of
 from tappa.pruning.orders import ORDERS, Known, layers_to_remove
-from tappa.pruning.prune import Amounts, Plan, apply, plan, prune
+from tappa.pruning.plan import Amounts, Plan, apply, plan, prune
 from tappa.pruning.saving import check_target, save_checkpoint
 from tappa.pruning.windows import Windows
 

@@ -14,7 +14,7 @@ from tappa.files import check_writable_folder
 from tappa.pruning.calibration import Calibration
 from tappa.pruning.importance import bi_prime, head_importance
 from tappa.pruning.measure import Figures
-from tappa.pruning.prune import Plan
+from tappa.pruning.plan import Plan
 
 
 def layer_rows(calibration: Calibration, wanted: Plan) -> list[dict[str, Any]]:

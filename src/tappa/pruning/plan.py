@@ -6,9 +6,9 @@ from typing import Any, get_args
 import numpy as np
 from transformers import PreTrainedModel
 
-from tappa.analysis import describe
+from tappa.analysis import Analysis, describe
 from tappa.errors import PruningError
-from tappa.pruning.calibration import Calibration
+from tappa.pruning.calibration import Calibration, Progress
 from tappa.pruning.heads import Head, remove_kv_groups, silence_heads
 from tappa.pruning.importance import HeadImportance, group_importance, head_importance
 from tappa.pruning.layers import layers_removed, remove_layers
@@ -60,15 +60,18 @@ class Amounts:
 
 def plan(
     model: PreTrainedModel,
-    calibration: Calibration,
+    known: Calibration | Analysis,
     amounts: Amounts,
     windows: Windows | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Choose layers and heads; the model stays as it is.
 
-    `windows` are what the order `greedy` measures perplexity on. Raises PruningError.
+    `windows` are what the order `greedy` measures perplexity on; `progress(done, total)` follows
+    it. An Analysis knows q-similarity only. Raises PruningError.
     """
     amounts.check(model)
+    calibration = _of_analysis(known, amounts) if isinstance(known, Analysis) else known
     theirs, ours = calibration.model, describe(model)
     for key in ("class", "layers", "heads", "kv_heads"):
         if theirs[key] != ours[key]:
@@ -78,17 +81,17 @@ def plan(
             )
     if amounts.order == "greedy" and windows is None:
         raise PruningError("the order greedy needs windows of text to measure perplexity on")
-    known = Known(
+    figures = Known(
         calibration.block_influence,
         calibration.layer_similarity,
         amounts.layers,
         amounts.beta,
         amounts.seed,
-        None if windows is None else _perplexity_without(model, windows),
+        None if windows is None else _perplexity_without(model, windows, amounts, progress),
     )
     importance = head_importance(calibration, amounts.importance)
     return Plan(
-        layers=layers_to_remove(amounts.order, known),
+        layers=layers_to_remove(amounts.order, figures),
         query_heads=_least(importance, amounts.query_heads),
         kv_groups=[
             (layer, int(group))
@@ -101,7 +104,7 @@ def plan(
 
 def prune(
     model: PreTrainedModel,
-    calibration: Calibration,
+    known: Calibration | Analysis,
     *,
     windows: Windows | None = None,
     **amounts: Any,
@@ -113,10 +116,10 @@ def prune(
         model.save_pretrained("smaller")
 
     `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
-    `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. Raises
-    PruningError, and nothing is altered then.
+    `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
+    will do for what needs q-similarity only. Raises PruningError, and nothing is altered then.
     """
-    return apply(model, plan(model, calibration, Amounts(**amounts), windows))
+    return apply(model, plan(model, known, Amounts(**amounts), windows))
 
 
 def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
@@ -132,8 +135,41 @@ def _least(importance: np.ndarray, count: int) -> list[Head]:
     return [(int(p) // importance.shape[1], int(p) % importance.shape[1]) for p in places]
 
 
-def _perplexity_without(model: PreTrainedModel, windows: Windows) -> Measure:
+def _of_analysis(analysis: Analysis, amounts: Amounts) -> Calibration:
+    """What an Analysis knows: q-similarity of every head, before RoPE, all pairs of a prompt."""
+    heads = amounts.query_heads or amounts.kv_groups
+    if amounts.layers and amounts.order not in ("q_similarity", "uniform", "random", "greedy"):
+        raise PruningError(
+            f"an Analysis knows no block influence, which the order {amounts.order} needs: use "
+            "tappa.calibrate, or the order q_similarity"
+        )
+    if heads and amounts.importance != "dissimilarity":
+        raise PruningError(
+            f"an Analysis knows no outputs of heads, which the importance {amounts.importance} "
+            "needs: use tappa.calibrate, or the importance dissimilarity"
+        )
+    frame = analysis.to_frame().sort_values(["layer", "head"])
+    shape = analysis.model["layers"], analysis.model["heads"]
+    if len(frame) != shape[0] * shape[1]:
+        raise PruningError(
+            f"expected an Analysis of {shape[0]} x {shape[1]} heads, got {len(frame)}"
+        )
+    similarity = frame["q_similarity"].to_numpy(float).reshape(shape)
+    unknown = np.zeros(shape)  # nothing that is asked for here looks at it
+    return Calibration(analysis.model, {}, 1, 1, unknown[:, 0], similarity, unknown)
+
+
+def _perplexity_without(
+    model: PreTrainedModel, windows: Windows, amounts: Amounts, progress: Progress | None
+) -> Measure:
+    layers, done = describe(model)["layers"], 0
+    total = sum(layers - step for step in range(amounts.layers))
+
     def measure(gone: Any) -> float:
+        nonlocal done
+        if progress is not None:
+            progress(done, total)
+        done += 1
         with layers_removed(model, gone):
             nll = nll_of_windows(model, windows)
         return sum(nll) / len(nll)
