@@ -29,6 +29,7 @@ ORDER = [
     "compression",
     "pruning",
     "evaluation",
+    "verification",
     "report",
     "kernels",
     "integrations",

@@ -301,8 +301,8 @@ def prune(
         int, typer.Option(help="KV heads of every layer to slice out, with their query heads.")
     ] = 0,
     importance: Annotated[
-        str, typer.Option(help="Of heads: dissimilarity (1 - S), output (norm), or mix.")
-    ] = "mix",
+        str, typer.Option(help="Of heads: output (norm), dissimilarity (1 - S), or mix.")
+    ] = "output",
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text; may be repeated. Default: half of the packaged one."),

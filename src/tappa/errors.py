@@ -37,5 +37,9 @@ class PruningError(TappaError):
     """Layers or heads that cannot be removed, or a calibration that does not fit."""
 
 
+class VerificationError(TappaError):
+    """A claim, a head or a channel that cannot be verified."""
+
+
 class NonFiniteError(CaptureError):
     """NaN or infinity in the queries or keys of a layer."""

@@ -54,6 +54,7 @@ def test_q_similarity_and_head_output_are_the_naive_ones(kind: str) -> None:
     query = attention.q_norm if kind == "qwen3" else attention.q_proj
     query.register_forward_hook(lambda m, a, out: seen.update(q=out[0]))
     attention.o_proj.register_forward_pre_hook(lambda m, a: seen.update(o=a[0][0]))
+    model.model.layers[1].register_forward_pre_hook(lambda m, a: seen.update(x=a[0][0]))
     similarity, output = np.zeros(heads), np.zeros(heads)
     for ids in windows.ids:
         model(torch.tensor([ids]))
@@ -64,7 +65,8 @@ def test_q_similarity_and_head_output_are_the_naive_ones(kind: str) -> None:
             q = queries[:, head]
             similarity[head] += sum(cosine(q[s], q[t]) for s, t in pairs) / len(pairs)
             columns = weight[:, head * parts.shape[2] : (head + 1) * parts.shape[2]]
-            output[head] += float((parts[:, head] @ columns.T).norm(dim=1).sum())
+            shares = (parts[:, head] @ columns.T).norm(dim=1) / seen["x"].norm(dim=1)
+            output[head] += float(shares.sum())
     np.testing.assert_allclose(found.q_similarity[1], similarity / len(windows.ids), atol=1e-5)
     np.testing.assert_allclose(found.head_output[1], output / found.tokens, rtol=1e-4)
 

@@ -148,7 +148,8 @@ def test_head_importance_by_hand() -> None:
     np.testing.assert_allclose(apart, [[0, 0.5, 1, 0.5], [0.5, 0.5, 0, 1]])
     np.testing.assert_allclose(head_importance(one, "output"), [[1, 2, 3, 4], [5, 1, 1, 1]])
     mix = [[0, 0.375, 0.75, 0.625], [0.75, 0.25, 0, 0.5]]
-    np.testing.assert_allclose(head_importance(one), mix)
+    np.testing.assert_allclose(head_importance(one, "mix"), mix)
+    np.testing.assert_allclose(head_importance(one), head_importance(one, "output"))
     np.testing.assert_allclose(head_importance(one, "mix", 0.0), apart)
     np.testing.assert_allclose(group_importance(apart, 2), [[0.25, 0.75], [0.5, 0.5]])
     with pytest.raises(PruningError, match="share from 0 to 1"):

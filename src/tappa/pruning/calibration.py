@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.analysis import describe
@@ -35,7 +36,7 @@ class Calibration:
 
     - `cosines`: of each layer, sum over tokens of cos(x_in, x_out) of its hidden states
     - `similarity`: of each query head, sum over windows of q-similarity before RoPE
-    - `output`: of each query head, sum over tokens of the norm of its part of the attention output
+    - `output`: of each query head, sum over tokens of `|W_o,h o_h| / |x_in|`
     """
 
     model: dict[str, Any]
@@ -63,7 +64,11 @@ class Calibration:
 
     @property
     def head_output(self) -> Float[np.ndarray, "layers heads"]:
-        """Mean over tokens of `|W_o,h o_h|`, what a head adds to the residual stream."""
+        """Mean over tokens of `|W_o,h o_h| / |x_in|`: what a head adds, in shares of what is there.
+
+        Not of `|W_o,h o_h|` alone: the residual stream grows by orders of magnitude from the first
+        layer to the last, and a head of the first would always look unimportant.
+        """
         return self.output / self.tokens
 
     def merge(self, other: "Calibration") -> "Calibration":
@@ -227,11 +232,13 @@ class _Sums:
 @contextmanager
 def _watching(model: PreTrainedModel, cosines: Tensor, output: Tensor) -> Iterator[None]:
     """Hooks that add up what each layer does to the residual stream, and each head's part."""
-    handles = []
+    handles: list[RemovableHandle] = []
     for number, layer in enumerate(decoder_layers(model)):
-        handles.append(layer.register_forward_hook(_see_layer(cosines, number), with_kwargs=True))
+        seen = _SeenLayer(cosines, output, number)
+        handles.append(layer.register_forward_pre_hook(seen.before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(seen.after))
         projection = output_projection(attention_in(layer))
-        handles.append(projection.register_forward_pre_hook(_see_heads(output, number)))
+        handles.append(projection.register_forward_pre_hook(seen.heads))
     try:
         yield
     finally:
@@ -239,25 +246,33 @@ def _watching(model: PreTrainedModel, cosines: Tensor, output: Tensor) -> Iterat
             handle.remove()
 
 
-def _see_layer(cosines: Tensor, number: int) -> Callable[..., None]:
-    def see(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = out[0] if isinstance(out, tuple) else out
-        cosines[number] += (
-            cosine_similarity(before.float(), after.float(), dim=-1).double().sum().cpu()
-        )
+@dataclass
+class _SeenLayer:
+    """One layer in one forward pass: its input, then its heads' outputs, then its output."""
 
-    return see
+    cosines: Tensor
+    output: Tensor
+    number: int
+    x: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The hidden states that come in."""
+        self.x = (args[0] if args else kwargs["hidden_states"]).float()
 
-def _see_heads(output: Tensor, number: int) -> Callable[..., None]:
-    def see(module: nn.Module, args: tuple) -> None:
+    def heads(self, module: nn.Module, args: tuple) -> None:
+        """What the output projection gets."""
         assert isinstance(module, nn.Linear)
-        x, heads = args[0].float(), output.shape[1]
-        parts = x.flatten(0, -2).unflatten(-1, (heads, -1))  # tokens, heads, dim
-        weight = module.weight.float().unflatten(1, (heads, -1))
+        if args[0].shape[:-1] != self.x.shape[:-1]:
+            return  # the capture tries the module alone, on zeros
+        parts = args[0].float().flatten(0, -2).unflatten(-1, (self.output.shape[1], -1))
+        weight = module.weight.float().unflatten(1, (self.output.shape[1], -1))
         gram = torch.einsum("ohd,ohe->hde", weight, weight)
-        squares = torch.einsum("thd,hde,the->th", parts, gram, parts)
-        output[number] += squares.clamp_min(0).sqrt().double().sum(0).cpu()
+        squares = torch.einsum("thd,hde,the->th", parts, gram, parts).clamp_min(0)
+        size = self.x.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        self.output[self.number] += (squares.sqrt() / size).double().sum(0).cpu()
 
-    return see
+    def after(self, module: nn.Module, args: tuple, out: Any) -> None:
+        """The hidden states that go out."""
+        y = (out[0] if isinstance(out, tuple) else out).float()
+        self.cosines[self.number] += cosine_similarity(self.x, y, dim=-1).double().sum().cpu()
+        self.x = torch.empty(0)

@@ -34,12 +34,12 @@ def bi_prime(influence: PerLayer, similarity: PerLayer, beta: float) -> PerLayer
 
 
 def head_importance(
-    calibration: Calibration, kind: HeadImportance = "mix", share: float = 0.5
+    calibration: Calibration, kind: HeadImportance = "output", share: float = 0.5
 ) -> PerHead:
     """Importance of every query head: those with low values go first.
 
     - `dissimilarity`: `1 - S`, S the head's q-similarity
-    - `output`: mean norm of what the head adds to the residual stream
+    - `output`: mean norm of what the head adds to the residual stream, in shares of that stream
     - `mix`: `(1 - share) norm(1 - S) + share norm(output)`, norm min-max over the whole model
     """
     apart, output = 1 - calibration.q_similarity, calibration.head_output

@@ -38,7 +38,7 @@ class Amounts:
     order: str = "bi_prime"
     beta: float = 0.3
     seed: int = 0
-    importance: HeadImportance = "mix"
+    importance: HeadImportance = "output"
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises PruningError for what cannot be removed from this model, before any work."""
