@@ -72,7 +72,7 @@ def test_every_method_is_described_with_its_source(name: str) -> None:
         ("cake", 32, 0, "heads", {"window"}, {"window"}),
         ("tappa_paper", 32, 0, "heads", {"window"}, {"similarity"}),
         ("adakv", 32, 0, "pooled", {"window"}, set()),
-        ("tappa", 32, 0, "pooled", {"window", "moments"}, {"similarity", "window"}),
+        ("tappa", 32, 0, "pooled", {"window"}, {"similarity", "window"}),
         ("duo_attention", 32, 4, "heads", set(), {"predictability"}),
     ],
 )
