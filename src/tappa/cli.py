@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import importlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from tappa.compression import (
     write_on,
 )
 from tappa.display import render_methods, render_plan, render_written, show
-from tappa.errors import EvaluationError, PruningError, TappaError, TextError
+from tappa.errors import EvaluationError, MissingExtraError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
 
@@ -416,6 +417,85 @@ def prune(
 
 
 @app.command()
+def verify(
+    model: ModelArgument = None,
+    claims: Annotated[
+        str | None,
+        typer.Option(
+            help="bounds, relocation, base, constructed, observations, sensitivity. Default: all."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="Head to relocate, as 18.5 (layer.head); may be repeated."),
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads to relocate where none is named.")] = 6,
+    targets: Annotated[str, typer.Option(help="Channels to which they are moved.")] = "2,3,5",
+    prompts: Annotated[int, typer.Option(help="Prompts of the sensitivity.")] = 2,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Kind of text, a UTF-8 file; may be repeated. Default: four kinds."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for verification.json and figures.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Check the paper's claims on a model: predicted, measured, error, pass or fail.
+
+    Ends with code 1 when a bound is violated or a relocation is off by more than 1%. Needs the
+    extra tappa[verify].
+
+    Examples:
+
+    \b
+      tappa verify
+      tappa verify model.gguf --claims bounds,relocation --tokens 1024 --out results
+      tappa verify ./my-model --claims relocation --head 18.5 --targets 2,3,5,7
+    """
+    kit = _extra("tappa.verification.verify", "verify")
+    wanted = kit.Verification(
+        claims=kit.CLAIMS if claims is None else _parts(claims),
+        tokens=tokens,
+        heads=[kit.parse_head(part) for part in head or []],
+        count=heads,
+        targets=[kit.parse_channel(part) for part in _parts(targets)],
+        prompts=prompts,
+    )
+    wanted.check()
+    texts = {path.stem: read_text(path) for path in text} if text else None
+    if out is not None:
+        check_writable_folder(out)
+    errors = Console(stderr=True)
+    with errors.status("loading the model"):
+        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _progress(errors, "verifying", "steps") as bar:
+        task = bar.add_task("steps", total=None)
+        found = kit.verify(
+            *(loaded.model, loaded.tokenizer, wanted),
+            texts=texts,
+            progress=lambda claim, done, total: bar.update(task, completed=done, total=total),
+        )
+    if out is not None:
+        ensure_folder(out)
+        write_atomic(out / "verification.json", found.to_json())
+        for name, picture in kit.figures(found).items():
+            write_atomic(out / name, picture)
+    if as_json:
+        print(found.to_json())
+    else:
+        print(kit.to_markdown(found))
+        if out is not None:
+            print(f"wrote {out / 'verification.json'} and figures")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -432,15 +512,19 @@ def methods(
 def _evaluation() -> Any:
     """The evaluation, whose libraries are an extra."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return _extra("tappa.evaluation.evaluate", "eval")
+
+
+def _extra(module: str, name: str) -> Any:
+    """A module whose libraries are an extra of this name."""
     try:
-        from tappa.evaluation import evaluate
+        return importlib.import_module(module)
     except ImportError as error:
         if error.name is not None and error.name.split(".")[0] == "tappa":
             raise
-        raise EvaluationError(
-            f"{error.name} is missing: evaluation needs the extra, pip install 'tappa[eval]'"
+        raise MissingExtraError(
+            f"{error.name} is missing: this needs the extra, pip install 'tappa[{name}]'"
         ) from error
-    return evaluate
 
 
 def _parts(text: str) -> list[str]:

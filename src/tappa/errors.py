@@ -37,6 +37,10 @@ class PruningError(TappaError):
     """Layers or heads that cannot be removed, or a calibration that does not fit."""
 
 
+class MissingExtraError(TappaError):
+    """A library that an optional part of tappa needs is not installed."""
+
+
 class VerificationError(TappaError):
     """A claim, a head or a channel that cannot be verified."""
 

@@ -25,7 +25,8 @@ from tappa.verification.periods import spacing
 from tappa.verification.swapping import base_changed, channels_swapped, must_swap_all, plain_base
 
 TARGETS = (2, 3, 5)
-TOLERANCE = 0.01
+TOLERANCE = 0.01  # of the spacing
+LAG0_TOLERANCE = 1e-4  # of logits at lag 0: rounding in float32
 Progress = Callable[[int, int], None]
 
 
@@ -81,16 +82,14 @@ def relocate(
     Raises VerificationError for a head or a channel that does not exist.
     """
     found: list[Relocation] = []
-    total, done = len(heads) * len(targets) * len(factors), 0
+    total = len(heads) * len(targets)
     for layer, head in heads:
         view = view_of(model, ids, layer)
         source = _dominant(view, head)
         for target in targets:
-            for factor in factors:
-                if progress is not None:
-                    progress(done, total)
-                done += 1
-                found.append(_relocate_one(model, ids, view, head, source, target, factor))
+            if progress is not None:
+                progress(len(found) // max(len(factors), 1), total)
+            found += _relocate_to(model, ids, view, head, source, target, factors)
     return found
 
 
@@ -125,46 +124,76 @@ def _dominant(view: LayerView, head: int) -> int:
     return int(dominant_channel(view.rotary, view.queries, view.keys)[head])
 
 
-def _relocate_one(
+def _relocate_to(
     model: PreTrainedModel,
     ids: Sequence[int],
     plain: LayerView,
     head: int,
     source: int,
     target: int,
-    factor: float,
-) -> Relocation:
+    factors: Sequence[float],
+) -> list[Relocation]:
+    """One target under every factor of the base."""
     theta = plain.rotary.theta
     if not 0 <= target < len(theta):
         raise VerificationError(
             f"expected a target channel from 0 to {len(theta) - 1}, got {target}"
         )
+    wanted = [
+        _predict(model, plain, head, source, target, factor, len(ids) - SINK_TOKENS)
+        for factor in factors
+    ]
+    if all(one.reason for one in wanted):
+        return wanted
+    kv_heads = [head // (len(plain.queries) // len(plain.keys))]
+    if must_swap_all(model, plain.layer, plain.rotary.dim):
+        kv_heads = list(range(len(plain.keys)))
+    with channels_swapped(model, plain.layer, kv_heads, plain.rotary, source, target):
+        moved = view_of(model, ids, plain.layer)
+        lag0 = _lag0_change(plain, moved, kv_heads)
+        return [_measure(model, ids, one, moved, lag0) for one in wanted]
+
+
+def _predict(
+    model: PreTrainedModel,
+    plain: LayerView,
+    head: int,
+    source: int,
+    target: int,
+    factor: float,
+    tokens: int,
+) -> Relocation:
+    """What theory says, or why it cannot be tested."""
+    theta = plain.rotary.theta
     one = Relocation(plain.layer, head, source, target, factor, period(float(theta[target])))
+    if source == target:
+        return replace(one, reason="the target is the dominant channel already")
     if factor != 1:
         try:
             base = plain_base(model)
         except VerificationError as error:
             return replace(one, reason=str(error))
+        if base * factor <= 1:
+            return replace(one, reason=f"a base of {base * factor:g} is none")
+        # d is the number of rotated dimensions: 2 len(theta)
         one = replace(one, predicted=2 * math.pi * (base * factor) ** (target / len(theta)))
-    if source == target:
-        return replace(one, reason="the target is the dominant channel already")
-    tokens = len(ids) - SINK_TOKENS
     if not 2 <= one.predicted <= tokens / 3:
         return replace(one, reason=f"a period of {one.predicted:.1f} does not fit {tokens} tokens")
-    kv_head = head // (len(plain.queries) // len(plain.keys))
-    heads = [kv_head]
-    if must_swap_all(model, plain.layer, plain.rotary.dim):
-        heads = list(range(len(plain.keys)))
-    with channels_swapped(model, plain.layer, heads, plain.rotary, source, target):
-        lag0 = _lag0_change(plain, view_of(model, ids, plain.layer), heads)
-        if factor == 1:
-            moved = view_of(model, ids, plain.layer)
-        else:
-            with base_changed(model, factor):
-                moved = view_of(model, ids, plain.layer)
-    logits, attention = profiles(moved, head)
+    return one
+
+
+def _measure(
+    model: PreTrainedModel, ids: Sequence[int], one: Relocation, moved: LayerView, lag0: float
+) -> Relocation:
+    """The spacing while the channel is moved; the base is changed on top where it is to be."""
+    if one.reason:
+        return one
+    if one.base_factor != 1:
+        with base_changed(model, one.base_factor):
+            moved = view_of(model, ids, one.layer)
+    logits, attention = profiles(moved, one.head)
     one = replace(one, measured=spacing(logits), attention=spacing(attention), lag0=lag0)
-    passed = one.error is not None and one.error <= TOLERANCE and lag0 <= 1e-4
+    passed = one.error is not None and one.error <= TOLERANCE and lag0 <= LAG0_TOLERANCE
     return replace(one, verdict="pass" if passed else "fail")
 
 

@@ -94,7 +94,9 @@ def plain_base(model: PreTrainedModel) -> float:
 def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
     """The attention module of a layer. Raises VerificationError."""
     for module in model.modules():
-        if getattr(module, "layer_idx", None) == layer and hasattr(module, "head_dim"):
+        if getattr(module, "layer_idx", None) == layer and (
+            hasattr(module, "head_dim") or hasattr(module, "head_size")
+        ):
             return module
     raise VerificationError(f"expected a layer with attention, layer {layer} has none")
 

@@ -1,0 +1,63 @@
+"""What a verification found, and its verdict."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from tappa.verification.bounds import BoundResult
+from tappa.verification.constructed import Constructed
+from tappa.verification.observations import Observation
+from tappa.verification.relocation import Relocation
+from tappa.verification.sensitivity import RankCorrelation
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found; parts that were not asked for are empty."""
+
+    model: dict[str, Any]
+    tokens: int
+    bounds: list[BoundResult] = field(default_factory=list)
+    relocations: list[Relocation] = field(default_factory=list)
+    constructed: list[Constructed] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    sensitivity: list[RankCorrelation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """No bound is violated, and every relocation that can be tested is within 1%.
+
+        Made-up heads count too. What the paper observed is reported, and has no verdict.
+        """
+        verdicts = [
+            *(bound.verdict for bound in self.bounds),
+            *(moved.verdict for moved in self.relocations),
+            *(head.verdict for head in self.constructed),
+        ]
+        return "fail" not in verdicts
+
+    def to_json(self) -> str:
+        """Everything, for machines; what is not a number is null."""
+        content = {
+            "schema": "tappa.verification/1",
+            "model": self.model,
+            "tokens": self.tokens,
+            "passed": self.passed,
+            "bounds": [vars(x) | {"verdict": x.verdict} for x in self.bounds],
+            "relocations": [vars(x) | {"error": x.error} for x in self.relocations],
+            "constructed": [vars(x) | {"verdict": x.verdict} for x in self.constructed],
+            "observations": [vars(x) for x in self.observations],
+            "sensitivity": [vars(x) for x in self.sensitivity],
+            "notes": self.notes,
+        }
+        return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
