@@ -1,12 +1,16 @@
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 
 import tappa.models
+from tappa.cli import main
 from tappa.models import LoadedModel
 
+Run = Callable[..., tuple[int, str, str]]
 torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
@@ -30,3 +34,20 @@ def as_users_run_it() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
+    """Call the command: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tappa", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        code = exit_.value.code or 0
+        assert isinstance(code, int)
+        return code, captured.out, captured.err
+
+    return call

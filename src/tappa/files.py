@@ -1,9 +1,11 @@
 """Writing files so that nothing half-written is ever left behind."""
 
+import math
 import os
 import secrets
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tappa.errors import OutputError
 
@@ -32,6 +34,15 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     return path
+
+
+def finite(x: Any) -> Any:
+    """The same nested lists and dictionaries with None for NaN and infinity: JSON has neither."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def check_writable_folder(path: str | Path) -> Path:

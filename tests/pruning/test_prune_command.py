@@ -1,7 +1,6 @@
 """`tappa prune` as users run it, on a tiny model and on a real one."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tappa.cli import main
 from tappa.models import LoadedModel
 from tappa.pruning import (
     Amounts,
@@ -26,21 +24,6 @@ from tiny import save_tiny, save_tiny_gguf
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. " * 9
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tappa", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        code = exit_.value.code or 0
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

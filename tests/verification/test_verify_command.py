@@ -1,14 +1,12 @@
 """`tappa verify` as users run it."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tappa.cli import main
 from tappa.verification.bounds import BoundResult
 from tappa.verification.presentation import figures, to_markdown
 from tappa.verification.relocation import Relocation
@@ -18,21 +16,6 @@ from tiny import save_tiny
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. " * 9
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tappa", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        code = exit_.value.code or 0
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tappa.errors import PruningError
-from tappa.files import check_writable_folder
+from tappa.files import check_writable_folder, finite
 from tappa.pruning.calibration import Calibration
 from tappa.pruning.importance import bi_prime, head_importance
 from tappa.pruning.measure import Figures
@@ -51,7 +51,7 @@ def as_json(
         "before": None if before is None else asdict(before),
         "after": None if after is None else asdict(after),
     }
-    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def figures_table(before: Figures, after: Figures) -> str:
@@ -176,12 +176,3 @@ def _plain(text: str) -> str:
     """A name or path on one line, without what Markdown or HTML would make something of."""
     flat = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|$" else c for c in flat)
-
-
-def _finite(x: Any) -> Any:
-    """Infinity and NaN as None: JSON has neither."""
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not np.isfinite(x) else x

@@ -5,9 +5,8 @@ tokens, which the mean logit at every lag shows.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -222,9 +221,3 @@ def _lag0_change(before: LayerView, after: LayerView, kv_heads: Sequence[int]) -
 def _lag0(view: LayerView, group: int) -> Float[Tensor, "heads steps"]:
     """The logit of every query with the key at its own position."""
     return torch.linalg.vecdot(view.queries, view.keys.repeat_interleave(group, 0))
-
-
-def rows_of(found: Sequence[Relocation]) -> Iterator[dict[str, Any]]:
-    """For tables and JSON."""
-    for one in found:
-        yield {**vars(one), "error": one.error}

@@ -1,10 +1,10 @@
 """What a verification found, and its verdict."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from tappa.files import finite
 from tappa.verification.bounds import BoundResult
 from tappa.verification.constructed import Constructed
 from tappa.verification.observations import Observation
@@ -52,12 +52,4 @@ class Verified:
             "sensitivity": [vars(x) for x in self.sensitivity],
             "notes": self.notes,
         }
-        return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
