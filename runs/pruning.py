@@ -2,6 +2,7 @@
 
     python runs/pruning.py run MODEL --out results.jsonl [--device cuda --dtype bfloat16] ...
     python runs/pruning.py table results.jsonl ...
+    python runs/pruning.py short results.jsonl ...
 
 `run` calibrates on the first half of the packaged text (windows of 1024 tokens, stride 256), and
 writes one JSON line for each order and share of layers (or of query heads) removed: what is gone,
@@ -11,6 +12,7 @@ Lines that are there are kept; what two orders both remove is measured once. Not
 
 `table` prints Markdown: perplexity, accuracy, paired differences from the order `bi` (of heads:
 from random ones, seed 0) with bootstrap 95% intervals and permutation tests, Holm-corrected.
+`short` prints one table of layers, where + and − say what is better and worse than `bi`.
 """
 
 import argparse
@@ -179,38 +181,93 @@ def table(options: argparse.Namespace) -> None:
         whole = next(x for x in mine if x["order"] == "none")
         for what in ("layers", "heads"):
             for share in sorted({x["share"] for x in mine if x["what"] == what and x["share"]}):
-                rows = [x for x in mine if (x["what"], x["share"]) == (what, share)]
-                print(_table(name, what, share, rows, whole))
+                print(_table(name, what, share, mine, whole))
 
 
-def _table(name: str, what: str, share: float, rows: list[dict], whole: dict) -> str:
-    base = next(x for x in rows if x["order"] == ("bi" if what == "layers" else "random, seed 0"))
+def short(options: argparse.Namespace) -> None:
+    """One table of all models and shares: layers only, no intervals."""
+    lines = [json.loads(x) for file in options.files for x in file.read_text().splitlines()]
+    lines = [x for x in lines if x["what"] == "layers"]
+    heads, columns = ["| |"], []
+    for name in dict.fromkeys(x["model"]["name"] for x in lines):
+        mine = [x for x in lines if x["model"]["name"] == name]
+        whole = next(x for x in mine if x["order"] == "none")
+        for share in sorted({x["share"] for x in mine if x["share"]}):
+            group = Comparison(mine, "layers", share)
+            cells = {}
+            for order in ("greedy", "bi", *(f"bi_prime, beta {b}" for b in BETAS), "q_similarity"):
+                cells[order] = group.cell(order)
+            cells["uniform"], cells["reverse"] = group.cell("uniform"), group.cell("reverse")
+            seeds = [f"random, seed {seed}" for seed in SEEDS]
+            best = min(seeds, key=lambda order: np.mean(group.rows[order]["nll"]))
+            cells[f"random, best of {len(SEEDS)} seeds"] = group.cell(best)
+            cells["nothing removed"] = "" if columns and columns[-1][0] == name else plain(whole)
+            heads.append(f"{name}: {len(group.base['layers'])} of {whole['model']['layers']} |")
+            columns.append((name, cells))
+    print(" ".join(heads))
+    print("|---" * len(heads) + "|")
+    first = columns[0][1]
+    for order in ["nothing removed", *(x for x in first if x != "nothing removed")]:
+        print(f"| {order} | " + " | ".join(cells[order] for _, cells in columns) + " |")
+
+
+def plain(line: dict[str, Any]) -> str:
+    accuracy = average_of(list(line["right"].values())).mean
+    return f"{perplexity_of(line['nll']):,.1f} ({accuracy:.2f})".replace("(0.", "(.")
+
+
+class Comparison:
+    """What the orders cost at one share, each beside the base by paired tests."""
+
+    def __init__(self, lines: list[dict[str, Any]], what: str, share: float) -> None:
+        self.rows = {x["order"]: x for x in lines if (x["what"], x["share"]) == (what, share)}
+        self.base = self.rows["bi" if what == "layers" else "random, seed 0"]
+        others = [x for x in self.rows.values() if x is not self.base]
+        base_right = list(self.base["right"].values())
+        nll = [paired_difference(x["nll"], self.base["nll"]) for x in others]
+        right = [stratified_difference(list(x["right"].values()), base_right) for x in others]
+        corrected = holm([d.p for d in (*nll, *right)])
+        self.tests = len(corrected)
+        self.nll, self.right = {}, {}
+        for place, line in enumerate(others):
+            self.nll[line["order"]] = nll[place], corrected[place]
+            self.right[line["order"]] = right[place], corrected[len(others) + place]
+
+    def cell(self, order: str) -> str:
+        """Perplexity (accuracy): + is better than the base, − worse, at p < .05."""
+        text = plain(self.rows[order])
+        if self.rows[order] is self.base:
+            return text
+        perplexity, accuracy = text.removesuffix(")").split(" (")
+        (nll, p), (right, q) = self.nll[order], self.right[order]
+        return f"{perplexity}{_sign(-nll.mean, p)} ({accuracy}{_sign(right.mean, q)})"
+
+
+def _sign(gain: float, p: float) -> str:
+    return "" if p >= 0.05 else "+" if gain > 0 else "−"
+
+
+def _table(name: str, what: str, share: float, lines: list[dict], whole: dict) -> str:
+    group = Comparison(lines, what, share)
+    base = group.base
     count = len(base["layers"] or base["heads"])
     size = whole["model"]["layers"] * (1 if what == "layers" else whole["model"]["heads"])
-    others = [x for x in rows if x is not base]
-    right = {id(x): list(x["right"].values()) for x in [*rows, whole]}
-    nll = [paired_difference(x["nll"], base["nll"]) for x in others]
-    accuracy = [stratified_difference(right[id(x)], right[id(base)]) for x in others]
-    corrected = holm([d.p for d in (*nll, *accuracy)])
-    n = sum(map(len, right[id(whole)]))
+    n = sum(map(len, whole["right"].values()))
     out = [
         f"### {name}: {count} of {size} {what} removed",
         "",
         f"n = {len(whole['nll'])} windows of 1024 tokens, {n} questions ({n // 5} a task); in "
         f"brackets the paired difference from {base['order']} with its 95% interval; * p < .05 "
-        f"after Holm over the {len(corrected)} tests of this table",
+        f"after Holm over the {group.tests} tests of this table",
         "",
         "| order | gone | perplexity | accuracy |",
         "|---|---|---|---|",
     ]
-    for row in [whole, *sorted(rows, key=lambda x: np.mean(x["nll"]))]:
-        mean = average_of(right[id(row)])
+    for row in [whole, *sorted(group.rows.values(), key=lambda x: np.mean(x["nll"]))]:
+        mean = average_of(list(row["right"].values()))
         cells = [f"{perplexity_of(row['nll']):.2f}", f"{mean.mean:.3f} ± {mean.error:.3f}"]
-        if row in others:
-            place = others.index(row)
-            for i, (d, p) in enumerate(
-                ((nll[place], corrected[place]), (accuracy[place], corrected[len(nll) + place]))
-            ):
+        if row is not whole and row is not base:
+            for i, (d, p) in enumerate((group.nll[row["order"]], group.right[row["order"]])):
                 unit = " nats" if i == 0 else ""
                 star = "*" if p < 0.05 else ""
                 cells[i] += f" ({d.mean:+.3f}{unit}, {d.low:+.3f} to {d.high:+.3f}){star}"
@@ -235,9 +292,10 @@ def main() -> None:
     one.add_argument("--batch", type=int, default=16)
     one.add_argument("--device", default="auto")
     one.add_argument("--dtype", default="auto")
-    other = commands.add_parser("table")
-    other.set_defaults(call=table)
-    other.add_argument("files", type=Path, nargs="+")
+    for name, call in (("table", table), ("short", short)):
+        other = commands.add_parser(name)
+        other.set_defaults(call=call)
+        other.add_argument("files", type=Path, nargs="+")
     options = parser.parse_args()
     options.call(options)
 
