@@ -175,7 +175,11 @@ def generate(
 def evaluate_methods(
     model: ModelArgument = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names of 'tappa methods', with options as cake(gamma=50).")
+        str | None,
+        typer.Option(
+            help="Names of 'tappa methods', with options as cake(gamma=50). Default: full, "
+            "streaming_llm, h2o, snapkv, pyramidkv, cake, tappa_paper, tappa."
+        ),
     ] = None,
     budgets: Annotated[
         str, typer.Option(help="Tokens per layer and head, or shares of the prompt.")
@@ -422,7 +426,8 @@ def verify(
     claims: Annotated[
         str | None,
         typer.Option(
-            help="bounds, relocation, base, constructed, observations, sensitivity. Default: all."
+            help="bounds, relocation, base, constructed, observations, seasons, sensitivity. "
+            "Default: all."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
@@ -435,7 +440,7 @@ def verify(
     prompts: Annotated[int, typer.Option(help="Prompts of the sensitivity.")] = 2,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Kind of text, a UTF-8 file; may be repeated. Default: four kinds."),
+        typer.Option(help="Kind of text, a UTF-8 file; may be repeated. Default: five kinds."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for verification.json and figures.")

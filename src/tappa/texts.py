@@ -40,6 +40,11 @@ def packaged_text() -> str:
     return source.read_text(encoding="utf-8")
 
 
+def packaged_verse() -> str:
+    """Thirty of William Shakespeare's *Sonnets* (see data/SOURCE.md)."""
+    return (resources.files("tappa") / "data" / "sonnets.txt").read_text(encoding="utf-8")
+
+
 def packaged_halves() -> tuple[str, str]:
     """The packaged text in two, cut between paragraphs: one to choose on, one to judge on."""
     text = packaged_text()

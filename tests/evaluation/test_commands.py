@@ -63,6 +63,22 @@ def test_eval_writes_tables_and_goes_on(model: Path, tmp_path: Path) -> None:
     assert "results of another grid: source is" in other.stderr
 
 
+def test_a_run_that_was_refused_does_not_block_its_folder(model: Path, tmp_path: Path) -> None:
+    """The same folder takes other options as long as it has no answers."""
+    (tmp_path / "empty").mkdir()
+    options = ["--methods", "full", "--budgets", "40", "--limit", "1", "--tasks", "fidelity"]
+    options += ["-o", tmp_path / "out", "--data", tmp_path / "empty"]
+    refused = typed("eval", model, *options, "--lengths", "300", folder=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "expected *.txt files" in refused.stderr
+    assert (tmp_path / "out" / "grid.json").exists()
+    (tmp_path / "empty" / "a.txt").write_text("It is a truth universally acknowledged. " * 90)
+    done = typed("eval", model, *options, "--lengths", "200", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "out" / "grid.json").read_text())
+    assert kept["identity"]["source"]["lengths"] == [200]
+
+
 def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:
     write_choice_suite(tmp_path / "suite", per_task=3)
     done = typed(
@@ -72,7 +88,10 @@ def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "choice_arithmetic" in done.stdout
+    assert "|choice_arithmetic|" in done.stdout.replace(" ", "")
+    assert "|Tasks|Version|" in done.stdout.replace(
+        " ", ""
+    )  # headings of lm-eval's table, not letters
     assert "tappa (" in done.stdout
     assert list((tmp_path / "out").rglob("results_*.json"))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tappa.verification.bounds import BoundResult
-from tappa.verification.presentation import figures, to_markdown
+from tappa.verification.pictures import figures
+from tappa.verification.presentation import to_markdown
 from tappa.verification.relocation import Relocation
 from tappa.verification.results import Verified
 from tappa.verification.verify import kinds_of_text

@@ -166,11 +166,11 @@ def _size(caches: list[tuple[float, int]]) -> dict[str, float]:
 def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> None:
     """Write `grid.json`: what decides the answers (identity), and how they came about (run).
 
-    Raises EvaluationError where the folder belongs to another grid, naming what differs.
+    Raises EvaluationError where the folder has answers of another grid, naming what differs.
     """
     ensure_folder(folder)
     path = folder / "grid.json"
-    if path.exists():
+    if path.exists() and any((folder / "samples").glob("*/*.json")):
         known = read_json(path).get("identity", {})
         wanted = json.loads(json.dumps(identity))
         for key in wanted.keys() | known.keys():

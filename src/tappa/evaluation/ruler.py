@@ -86,7 +86,9 @@ def write_ruler(
     names = list(dict.fromkeys(_task_named(name) for name in (TASKS if tasks is None else tasks)))
     for length in lengths:
         if length < MIN_LENGTH:
-            raise EvaluationError(f"expected a length of at least {MIN_LENGTH} tokens: {length}")
+            raise EvaluationError(
+                f"expected prompts of at least {MIN_LENGTH} tokens for RULER, got {length}"
+            )
     if per_task < 1:
         raise EvaluationError(f"expected at least 1 sample for each task, got {per_task}")
     prose = _Prose(essays)
@@ -113,7 +115,9 @@ def _task_named(name: str) -> str:
     short = name.removeprefix(PREFIX)
     if short not in TASKS:
         near = difflib.get_close_matches(short, TASKS, n=3, cutoff=0.0)
-        raise EvaluationError(f"expected a RULER task such as {', '.join(near)}, got {name!r}")
+        raise EvaluationError(
+            f"expected a RULER task, got {name!r}; the nearest are {', '.join(near)}"
+        )
     return short
 
 

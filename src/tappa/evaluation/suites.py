@@ -74,8 +74,14 @@ def check_names(names: Sequence[str], data: Path | None) -> None:
 
 
 def texts_of(data: Path | None) -> list[str]:
-    """The text files of a folder, or the packaged text where there are none."""
+    """The text files of a folder, or the packaged text without a folder of texts.
+
+    A folder may be there for other tasks (LongBench's *.jsonl). Raises EvaluationError for one that
+    has neither, TextError for a text that cannot be read.
+    """
     files = sorted(data.glob("*.txt")) if data is not None else []
+    if data is not None and not files and not any(data.glob("*.jsonl")):
+        raise EvaluationError(f"expected *.txt files (or LongBench's *.jsonl) in {data}, got none")
     return [read_text(file) for file in files] or [packaged_text()]
 
 

@@ -196,6 +196,8 @@ def _cell(row: Row | None) -> str:
     text = f"{row.mean:.3f}" + ("" if math.isnan(row.error) else f" ± {row.error:.3f}")
     if row.difference is None or row.low is None or row.high is None or row.p_holm is None:
         return text
+    if math.isnan(row.low):  # one sample has no interval
+        return f"{text} ({row.difference:+.3f})"
     p = "p < .001" if row.p_holm < 0.001 else f"p = {row.p_holm:.3f}".replace("0.", ".")
     return f"{text} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]; {p})"
 

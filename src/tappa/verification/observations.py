@@ -1,15 +1,17 @@
 """What the paper observed of heads, as numbers with intervals: the heads are the samples."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, mannwhitneyu, spearmanr
+from jaxtyping import Float
+from scipy.stats import bootstrap, mannwhitneyu, rankdata, spearmanr
 
 from tappa.analysis import Analysis
 from tappa.similarity import VARIANTS
+from tappa.verification.seasons import MovedResonance, RepeatingPrompt, Resonance
 
 RESAMPLES = 2_000
 
@@ -86,6 +88,76 @@ def stability(analyses: Mapping[str, Analysis]) -> list[Observation]:
             least = "Spearman, least of all pairs"
             found.append(Observation(claim, str(variant), least, min(ranks), n=heads))
     return found
+
+
+def repeats(prompt: RepeatingPrompt, seen: Resonance) -> list[Observation]:
+    """Claim (e) on one prompt: do heads repeat, and do logits change as RoPE says?
+
+    The change of logits after L keys, mean over lags L, is compared over heads with what all
+    channels and what the dominant channel alone let expect.
+    """
+    claim = f"e: {prompt.kind}: "
+    season, change = seen.curves("season"), seen.curves("change").mean(1)
+    found = [
+        _median(
+            claim + "queries and keys repeat", "cosine, median", seen.curves("repeats").mean(1)
+        ),
+        Observation(
+            claim + "the season found is a multiple of it",
+            "",
+            "share of heads",
+            float((season % prompt.period == 0).mean()),
+            n=len(season),
+        ),
+    ]
+    for name, words in (
+        ("all_channels", "all channels say"),
+        ("dominant", "the dominant one says"),
+    ):
+        figure = _spearman(
+            claim + f"logits change as {words}", "", change, seen.curves(name).mean(1)
+        )
+        found.append(figure)
+    return found
+
+
+def resonates(moved: Sequence[MovedResonance]) -> list[Observation]:
+    """Claim (e) on heads with a fast dominant channel: over lags, do logits repeat at resonance?
+
+    The rank correlation over lags L of the change with `chord(L theta)`, and as a control with L.
+    """
+    if not moved:
+        return []
+    change, expected, lags = (
+        np.array([getattr(x, name) for x in moved], float)
+        for name in ("change", "expected", "lags")
+    )
+    claim, figure = "e: dominant channel moved: logits repeat ", "Spearman over lags, median"
+    return [
+        _median(claim + "at its resonance", figure, rank_correlations(change, expected)),
+        _median(claim + "after fewer tokens (control)", figure, rank_correlations(change, lags)),
+    ]
+
+
+def rank_correlations(
+    x: Float[np.ndarray, "heads lags"], y: Float[np.ndarray, "heads lags"]
+) -> Float[np.ndarray, " heads"]:
+    """Spearman's coefficient of every line; NaN where one is constant."""
+    a, b = (rankdata(v, axis=1) for v in (x, y))
+    a, b = (v - v.mean(1, keepdims=True) for v in (a, b))
+    below = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), below, out=np.full(len(a), np.nan), where=below > 0)
+
+
+def _median(claim: str, figure: str, values: np.ndarray) -> Observation:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return Observation(claim, "", figure, None)
+    draws = np.random.default_rng(0).choice(known, (RESAMPLES, len(known)))
+    low, high = np.percentile(np.median(draws, 1), [2.5, 97.5])
+    return Observation(
+        claim, "", figure, float(np.median(known)), float(low), float(high), len(known)
+    )
 
 
 def _auroc(claim: str, variant: str, x: np.ndarray, positive: np.ndarray) -> Observation:

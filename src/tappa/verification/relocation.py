@@ -5,7 +5,8 @@ tokens, which the mean logit at every lag shows.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,12 +85,27 @@ def relocate(
     total = len(heads) * len(targets)
     for layer, head in heads:
         view = view_of(model, ids, layer)
-        source = _dominant(view, head)
+        source = dominant_of(view, head)
         for target in targets:
             if progress is not None:
                 progress(len(found) // max(len(factors), 1), total)
             found += _relocate_to(model, ids, view, head, source, target, factors)
     return found
+
+
+@contextmanager
+def channel_moved(
+    model: PreTrainedModel, plain: LayerView, head: int, source: int, target: int
+) -> Iterator[list[int]]:
+    """Inside of a `with` two channels of a head are swapped; gives the KV heads that this alters.
+
+    These are the head's own, or all of the layer where they share norms.
+    """
+    kv_heads = [head // (len(plain.queries) // len(plain.keys))]
+    if must_swap_all(model, plain.layer, plain.rotary.dim):
+        kv_heads = list(range(len(plain.keys)))
+    with channels_swapped(model, plain.layer, kv_heads, plain.rotary, source, target):
+        yield kv_heads
 
 
 def view_of(model: PreTrainedModel, ids: Sequence[int], layer: int) -> LayerView:
@@ -115,7 +131,8 @@ class _Enough(Exception):
     """The layer has been seen."""
 
 
-def _dominant(view: LayerView, head: int) -> int:
+def dominant_of(view: LayerView, head: int) -> int:
+    """The dominant channel of a head. Raises VerificationError where there is none."""
     if not 0 <= head < len(view.queries):
         raise VerificationError(f"expected a head from 0 to {len(view.queries) - 1}, got {head}")
     if len(view.rotary.theta) == 0:
@@ -144,10 +161,7 @@ def _relocate_to(
     ]
     if all(one.reason for one in wanted):
         return wanted
-    kv_heads = [head // (len(plain.queries) // len(plain.keys))]
-    if must_swap_all(model, plain.layer, plain.rotary.dim):
-        kv_heads = list(range(len(plain.keys)))
-    with channels_swapped(model, plain.layer, kv_heads, plain.rotary, source, target):
+    with channel_moved(model, plain, head, source, target) as kv_heads:
         moved = view_of(model, ids, plain.layer)
         lag0 = _lag0_change(plain, moved, kv_heads)
         return [_measure(model, ids, one, moved, lag0) for one in wanted]

@@ -9,7 +9,8 @@ from tappa.verification.bounds import BoundResult
 from tappa.verification.constructed import Constructed
 from tappa.verification.observations import Observation
 from tappa.verification.relocation import Relocation
-from tappa.verification.sensitivity import RankCorrelation
+from tappa.verification.seasons import MovedResonance
+from tappa.verification.sensitivity import LayerNeed, RankCorrelation
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Verified:
     relocations: list[Relocation] = field(default_factory=list)
     constructed: list[Constructed] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
+    resonances: list[MovedResonance] = field(default_factory=list)
     sensitivity: list[RankCorrelation] = field(default_factory=list)
+    needs: list[LayerNeed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -49,7 +52,9 @@ class Verified:
             "relocations": [vars(x) | {"error": x.error} for x in self.relocations],
             "constructed": [vars(x) | {"verdict": x.verdict} for x in self.constructed],
             "observations": [vars(x) for x in self.observations],
+            "resonances": [vars(x) for x in self.resonances],
             "sensitivity": [vars(x) for x in self.sensitivity],
+            "needs": [vars(x) for x in self.needs],
             "notes": self.notes,
         }
         return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"

@@ -44,6 +44,15 @@ class RankCorrelation:
     n: int
 
 
+@dataclass(frozen=True)
+class LayerNeed:
+    """A layer's `1 - S` (before RoPE, all pairs of the prompt) and what cutting it costs."""
+
+    layer: int
+    dissimilarity: float
+    kl: float
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -104,6 +113,17 @@ def correlate(sensitivity: Sensitivity, analysis: Analysis) -> list[RankCorrelat
                     )
                 )
     return found
+
+
+def layer_needs(sensitivity: Sensitivity, analysis: Analysis) -> list[LayerNeed]:
+    """One for each layer; none where the model caches fewer layers than it analyses."""
+    s = analysis.to_frame().groupby("layer")["q_similarity_pre_all_prompt"].mean()
+    if len(s) != len(sensitivity.layers):
+        return []
+    return [
+        LayerNeed(int(layer), 1 - float(value), float(kl))
+        for (layer, value), kl in zip(s.items(), sensitivity.layers, strict=True)
+    ]
 
 
 def _cut(

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tappa.analysis import Analysis, analyze
 from tappa.capture import prefill
 from tappa.errors import CompressionError, VerificationError
-from tappa.texts import encode_texts, packaged_text
+from tappa.texts import encode_texts, packaged_text, packaged_verse
 from tappa.verification.bounds import AttentionBound, logit_bounds
 from tappa.verification.constructed import check_constructed
-from tappa.verification.observations import observe, stability
-from tappa.verification.presentation import figures, to_markdown
+from tappa.verification.observations import observe, repeats, resonates, stability
+from tappa.verification.pictures import figures
+from tappa.verification.presentation import to_markdown
 from tappa.verification.relocation import TARGETS, choose_heads, relocate
 from tappa.verification.results import Verified
-from tappa.verification.sensitivity import NEXT, correlate, measure_sensitivity
+from tappa.verification.seasons import measure_moved, measure_resonance, repeating_prompts
+from tappa.verification.sensitivity import NEXT, correlate, layer_needs, measure_sensitivity
 
 __all__ = [
     "CLAIMS",
@@ -33,7 +35,7 @@ __all__ = [
     "to_markdown",
     "verify",
 ]
-CLAIMS = ("bounds", "relocation", "base", "constructed", "observations", "sensitivity")
+CLAIMS = ("bounds", "relocation", "base", "constructed", "observations", "seasons", "sensitivity")
 FACTORS = (0.1, 10.0)
 Progress = Callable[[str, int, int], None]
 
@@ -82,12 +84,13 @@ def parse_channel(text: str) -> int:
 
 
 def kinds_of_text() -> dict[str, str]:
-    """Four kinds that every installation has: prose, a manual, code, and a table of numbers."""
+    """Five kinds that every installation has: prose, verse, a manual, code, a table of numbers."""
     source = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
     manual = "\n\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
     rows = [f"{n},{n * n},{n**3 % 97},{'yes' if n % 3 else 'no'}" for n in range(4000)]
     return {
         "prose": packaged_text(),
+        "verse": packaged_verse(),
         "manual": manual,
         "code": source.read_text(encoding="utf-8"),
         "table": "\n".join(["number,square,remainder,flag", *rows]),
@@ -144,6 +147,8 @@ def verify(
         found.constructed.extend(check_constructed())
     if "observations" in wanted.claims:
         found.observations.extend([*observe(analysis, len(ids)), *stability(analyses)])
+    if "seasons" in wanted.claims:
+        _add_seasons(found, model, tokenizer, texts[first], analysis, wanted, follow("repeating"))
     if "sensitivity" in wanted.claims:
         prompts = _prompts(tokenizer, texts[first], wanted)
         try:
@@ -152,7 +157,30 @@ def verify(
             found.notes.append(f"sensitivity is untestable: {error}")
         else:
             found.sensitivity.extend(correlate(measured, analysis))
+            found.needs.extend(layer_needs(measured, analysis))
     return found
+
+
+def _add_seasons(
+    found: Verified,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    analysis: Analysis,
+    wanted: Verification,
+    progress: Callable[[int, int], None],
+) -> None:
+    """All heads on every prompt that repeats, and heads with a channel moved on the first."""
+    prompts = repeating_prompts(tokenizer, text, wanted.tokens)
+    for done, prompt in enumerate(prompts):
+        progress(done, len(prompts))
+        found.observations.extend(repeats(prompt, measure_resonance(model, prompt)))
+    if not prompts:
+        found.notes.append("seasons are untestable: too few of them fit so few tokens")
+        return
+    heads = wanted.heads or choose_heads(analysis, wanted.count)
+    found.resonances.extend(measure_moved(model, prompts[0], heads, wanted.targets))
+    found.observations.extend(resonates(found.resonances))
 
 
 def _prompts(
