@@ -270,7 +270,8 @@ def _table(name: str, what: str, share: float, lines: list[dict], whole: dict) -
             for i, (d, p) in enumerate((group.nll[row["order"]], group.right[row["order"]])):
                 unit = " nats" if i == 0 else ""
                 star = "*" if p < 0.05 else ""
-                cells[i] += f" ({d.mean:+.3f}{unit}, {d.low:+.3f} to {d.high:+.3f}){star}"
+                difference = f" ({d.mean:+.3f}{unit}, {d.low:+.3f} to {d.high:+.3f}){star}"
+                cells[i] += difference.replace("-", "−")
         gone = ", ".join(map(str, sorted(row["layers"]))) or (str(len(row["heads"])) + " heads")
         out.append(f"| {row['order']} | {'–' if row is whole else gone} | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"

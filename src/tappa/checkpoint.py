@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tappa.errors import ModelError
+from tappa.files import digest_of
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -139,3 +140,12 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters, else the error's kind."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the weights: names, shapes, and every 997th number of each tensor."""
+    parts: list[Any] = []
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[::997].float().cpu()
+        parts.append((name, list(tensor.shape), few.double().sum().item(), few.abs().sum().item()))
+    return digest_of(parts)

@@ -319,7 +319,10 @@ def prune(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     stride: Annotated[int, typer.Option(help="Tokens from one window's start to the next.")] = 256,
     windows: Annotated[
-        int, typer.Option(min=1, help="At most so many windows, evenly spread over the text.")
+        int,
+        typer.Option(
+            min=1, help="At most so many windows of each text, evenly spread: fewer are faster."
+        ),
     ] = 32,
     calibration: Annotated[
         Path | None,
@@ -361,7 +364,7 @@ def prune(
     if not dry_run and out is None:
         raise PruningError("expected --out FOLDER for the checkpoint, or --dry-run")
     if out is not None and not dry_run:
-        kit.check_target(out, force=force)
+        kit.check_target(out, force=force, source=model)
     kind = kit.check_plot(plot) if plot is not None else ""
     first, second = packaged_halves()
     known = [read_text(path) for path in text] if text else [first]
@@ -389,6 +392,7 @@ def prune(
         )
     if plot is not None:
         write_atomic(plot, kit.plot(found, chosen, kind))
+        errors.print(f"wrote {plot}", highlight=False, markup=False)
     if dry_run:
         print(kit.as_json(found, chosen) if as_json else render_plan(found, chosen))
         return
@@ -403,10 +407,10 @@ def prune(
         kit.apply(loaded.model, chosen)
         after = kit.measure(loaded.model, held_windows, progress=follow)
     texts = {
-        "calibration": ", ".join(map(str, text or [])) or "first half of the packaged text",
-        "held_out": str(held_out or "second half of the packaged text"),
+        "calibration": ", ".join(p.name for p in text or []) or "first half of the packaged text",
+        "held_out": held_out.name if held_out else "second half of the packaged text",
     }
-    content = kit.as_json(found, chosen, (before, after))
+    content = kit.as_json(found, chosen, (before, after), texts)
     files: dict[str, str | bytes] = {
         "README.md": kit.model_card(found, chosen, (before, after), texts),
         "pruning.json": content,
@@ -566,6 +570,9 @@ def _progress(console: Console, doing: str = "analysing", what: str = "layers") 
     return Progress(*columns, left, console=console, transient=True, disable=off)
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Entry point: errors that a user can put right become one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):  # a terminal without Greek letters is no reason to fail
@@ -574,11 +581,13 @@ def main() -> None:
     warnings.showwarning = _print_warning
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except TappaError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:  # the reader has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,5 +1,7 @@
 """Writing files so that nothing half-written is ever left behind."""
 
+import hashlib
+import json
 import math
 import os
 import secrets
@@ -34,6 +36,12 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     return path
+
+
+def digest_of(*parts: Any) -> str:
+    """A short fingerprint of anything that can be written as JSON."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def finite(x: Any) -> Any:

@@ -66,7 +66,16 @@ def test_eval_writes_tables_and_goes_on(model: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_refused_does_not_block_its_folder(model: Path, tmp_path: Path) -> None:
     """The same folder takes other options as long as it has no answers."""
     (tmp_path / "empty").mkdir()
-    options = ["--methods", "full", "--budgets", "40", "--limit", "1", "--tasks", "fidelity"]
+    options: list[object] = [
+        "--methods",
+        "full",
+        "--budgets",
+        "40",
+        "--limit",
+        "1",
+        "--tasks",
+        "fidelity",
+    ]
     options += ["-o", tmp_path / "out", "--data", tmp_path / "empty"]
     refused = typed("eval", model, *options, "--lengths", "300", folder=tmp_path)
     assert (refused.returncode, refused.stdout) == (2, "")

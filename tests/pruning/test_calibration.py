@@ -112,6 +112,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     windows = windows_of(model)
     assert len(windows.ids) > EVERY + 2
     state, calls = tmp_path / "state.json", list[int]()
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
 
     def stop(done: int, total: int) -> None:
         if done == EVERY + 2:
@@ -133,6 +134,14 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     before = state.read_bytes()
     with pytest.raises(PruningError, match="other texts"):
         calibrate_on(model, windows_of(model, stride=13), state=state)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(PruningError, match="another model"):  # the same path, other weights
+        calibrate_on(model, windows, state=state)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.copy_(weight)
+    model.config._name_or_path = "elsewhere"  # the same weights, another path
+    assert calibrate_on(model, windows, state=state).model["name"] == "elsewhere"
     with pytest.raises(PruningError, match="another model"):
         calibrate_on(tiny_model("qwen2"), windows, state=state)
     (tmp_path / "state.json.progress").unlink()

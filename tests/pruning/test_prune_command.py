@@ -1,7 +1,9 @@
 """`tappa prune` as users run it, on a tiny model and on a real one."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from tappa.models import LoadedModel
 from tappa.pruning import (
     Amounts,
+    Figures,
     Windows,
     calibrate_on,
+    figures_table,
     layers_removed,
     nll_of_windows,
     perplexity_of,
@@ -77,6 +81,11 @@ def test_a_checkpoint_with_card_figures_and_plot(
     for words in ("layers by `bi`", f"removal): {layers}", "3 windows of 67", "sliced out: L0 H"):
         assert words in card
     assert f"| {content['after']['perplexity']:.2f} |" in card
+    assert "# model, pruned" in card  # a path tells of people
+    assert str(tmp_path) not in card
+    assert content["texts"] == {"calibration": "text.txt", "held_out": "text.txt"}
+    assert len(content["before"]["speeds"]) == 5
+    assert "Measured on cpu, " in card
     code, _, errors = run("prune", *files, "--layers", 1, "--out", out)
     assert (code, "not empty" in errors) == (2, True)
     code, _, _ = run("prune", *files, "--layers", 1, "--out", out, "--force")
@@ -95,6 +104,32 @@ def test_a_calibration_is_kept_and_used_again(
         "prune", *files, "--stride", 13, "--layers", 2, "--dry-run", "--calibration", kept
     )
     assert (code, "other windows" in errors) == (2, True)
+
+
+def test_an_interrupt_says_so(
+    run: Run,
+    files: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    as_users_run_it: None,
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tappa.pruning.calibrate_on", interrupt)
+    code, out, errors = run("prune", *files, "--layers", 1, "--out", tmp_path / "out")
+    assert (code, out, errors) == (130, "", "error: interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_perplexity_has_an_exponent() -> None:
+    before = Figures(100, 400, [1.0, 3.0, 2.0], 20.0, [3.0], "cpu, 2 threads")
+    after = replace(before, parameters=50, speeds=[4.0, 4.0, 5.0], perplexity=3.2407e26)
+    text = figures_table(before, after)
+    assert "| 20.00 | 3.24e+26 | 1.62e+25 |" in text
+    assert "| 2.0 (1.0 to 3.0) | 4.0 (4.0 to 5.0) | 2.000 |" in text
+    assert "| 100 | 50 | 0.500 |" in text
+    assert "| inf | - |" in figures_table(before, replace(after, perplexity=math.inf))
 
 
 def test_from_a_gguf(run: Run, files: list[object], tmp_path: Path) -> None:

@@ -40,10 +40,17 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
 
 def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     old = save_tiny(tmp_path / "old", "qwen2")
-    (old / "left over.txt").write_text("x")
+    (old / "model-00002-of-00002.safetensors").write_bytes(b"left over")
     save_checkpoint(tiny_model("llama"), tiny_tokenizer(), old, force=True)
     assert AutoModelForCausalLM.from_pretrained(old).config.model_type == "llama"
-    assert "left over.txt" not in names(old)
+    assert "model-00002-of-00002.safetensors" not in names(old)
+    with pytest.raises(OutputError, match="is the model that is pruned"):
+        check_target(old, force=True, source=tmp_path / "x" / ".." / "old")
+    for other in ("notes.txt", "runs"):
+        (old / other).mkdir()
+        with pytest.raises(OutputError, match=f"also holds {other}"):
+            save_checkpoint(tiny_model("llama"), tiny_tokenizer(), old, force=True)
+        (old / other).rmdir()
     assert names(tmp_path) == ["old"]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tappa.checkpoint import fingerprint
 from tappa.errors import EvaluationError
-from tappa.evaluation.grid import Outcome, Progress, describe_run, fingerprint, run_grid, start_run
+from tappa.evaluation.grid import Outcome, Progress, describe_run, run_grid, start_run
 from tappa.evaluation.samples import Sample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
 from tappa.evaluation.suites import Source, check_names, samples_of

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 import tappa
 from tappa.errors import EvaluationError
-from tappa.evaluation.samples import Sample, answer, digest_of
+from tappa.evaluation.samples import Sample, answer
 from tappa.evaluation.shared_prefill import Cell, GridLM
-from tappa.files import ensure_folder, write_atomic
+from tappa.files import digest_of, ensure_folder, write_atomic
 
 SCHEMA = 1
 Progress = Callable[[int, int], None]
@@ -199,15 +198,6 @@ def describe_run(lm: GridLM) -> dict[str, Any]:
         "attention": lm.model.config._attn_implementation,
         "chat_template": digest_of(lm.tokenizer.chat_template),
     }
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Of the weights: names, shapes, and every 997th number of each tensor."""
-    parts: list[Any] = []
-    for name, tensor in model.state_dict().items():
-        few = tensor.detach().flatten()[::997].float().cpu()
-        parts.append((name, list(tensor.shape), few.double().sum().item(), few.abs().sum().item()))
-    return digest_of(parts)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What is asked of a model: samples of lm-eval's tasks, and windows of text."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from lm_eval.api.task import Task
 from tappa.errors import EvaluationError
 from tappa.evaluation.fidelity import Reference
 from tappa.evaluation.shared_prefill import Cell, GridLM
+from tappa.files import digest_of
 
 Answer = dict[str, Any]  # `scores`: name -> number; and whatever else is worth keeping
 
@@ -140,9 +139,3 @@ def samples_of_task(
         documents.setdefault(int(instance.doc_id or 0), []).append(instance)
     for number, instances in sorted(documents.items()):
         yield TaskSample(suite, task, sorted(instances, key=lambda i: i.idx), number)
-
-
-def digest_of(*parts: Any) -> str:
-    """A short fingerprint of anything that can be written as JSON."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,9 +18,9 @@ from tappa.evaluation.local_suite import write_local_suite
 from tappa.evaluation.longbench import TASKS as LONGBENCH
 from tappa.evaluation.longbench import write_longbench
 from tappa.evaluation.ruler import write_ruler
-from tappa.evaluation.samples import Sample, TextSample, digest_of, samples_of_task
+from tappa.evaluation.samples import Sample, TextSample, samples_of_task
 from tappa.evaluation.shared_prefill import GridLM
-from tappa.files import write_atomic
+from tappa.files import digest_of, write_atomic
 from tappa.texts import packaged_text, read_text
 
 TEXT_TASKS = ("fidelity", "perplexity")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.analysis import describe
 from tappa.capture import LayerView, prefill
-from tappa.checkpoint import first_line
+from tappa.checkpoint import fingerprint, first_line
 from tappa.errors import NonFiniteError, PruningError
-from tappa.files import write_atomic
+from tappa.files import digest_of, write_atomic
 from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
@@ -146,7 +146,7 @@ def calibrate_on(
 ) -> Calibration:
     """`calibrate` on windows of token ids."""
     known, first = None, 0
-    identity = windows.digest
+    identity = digest_of(windows.digest, fingerprint(model)) if state is not None else ""
     if state is not None and Path(state).is_file():
         known, first = _resume(Path(state), identity, model, windows)
     sums = _Sums(model)
@@ -183,12 +183,14 @@ def _resume(
         same = content["windows"] == identity and content["done"] == found.windows
     except (OSError, ValueError, KeyError, TypeError):
         same = False
-    if not same or found.model != describe(model) or found.settings != windows.settings:
+    here = describe(model)
+    same = same and {**found.model, "name": ""} == {**here, "name": ""}  # it may lie elsewhere now
+    if not same or found.settings != windows.settings:
         raise PruningError(
             f"{state} is of another model, other texts or other windows: choose another file, "
             "or delete it"
         )
-    return found, found.windows
+    return replace(found, model=here), found.windows
 
 
 @dataclass

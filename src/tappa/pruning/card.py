@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from tappa.pruning.calibration import Calibration
 from tappa.pruning.importance import bi_prime, head_importance
 from tappa.pruning.measure import Figures
 from tappa.pruning.plan import Plan
+
+LARGE = 1e5  # a perplexity above this is written with an exponent
 
 
 def layer_rows(calibration: Calibration, wanted: Plan) -> list[dict[str, Any]]:
@@ -35,9 +39,12 @@ def layer_rows(calibration: Calibration, wanted: Plan) -> list[dict[str, Any]]:
 
 
 def as_json(
-    calibration: Calibration, wanted: Plan, figures: tuple[Figures, Figures] | None = None
+    calibration: Calibration,
+    wanted: Plan,
+    figures: tuple[Figures, Figures] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> str:
-    """Everything, for machines; `figures` before and after."""
+    """Everything, for machines; `figures` before and after, `texts` as in `model_card`."""
     before, after = figures or (None, None)
     importance = head_importance(calibration, wanted.settings["importance"])
     content = {
@@ -48,10 +55,15 @@ def as_json(
         "plan": asdict(wanted),
         "layers": layer_rows(calibration, wanted),
         "head_importance": [[round(float(x), 6) for x in row] for row in importance],
-        "before": None if before is None else asdict(before),
-        "after": None if after is None else asdict(after),
+        "texts": texts or {},
+        "before": None if before is None else _figures(before),
+        "after": None if after is None else _figures(after),
     }
     return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _figures(figures: Figures) -> dict[str, Any]:
+    return asdict(figures) | {"tokens_per_second": figures.tokens_per_second}
 
 
 def figures_table(before: Figures, after: Figures) -> str:
@@ -60,13 +72,27 @@ def figures_table(before: Figures, after: Figures) -> str:
     for label, name, form in (
         ("parameters", "parameters", ",d"),
         ("bytes", "nbytes", ",d"),
-        ("tokens/s (one by one)", "tokens_per_second", ".1f"),
-        (f"perplexity (n = {len(before.nll)} windows)", "perplexity", ".2f"),
     ):
         old, new = getattr(before, name), getattr(after, name)
-        ratio = f"{new / old:.3f}" if old and np.isfinite(old) else "-"
-        lines.append(f"| {label} | {old:{form}} | {new:{form}} | {ratio} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {label} | {old:{form}} | {new:{form}} | {_ratio(old, new)} |")
+    speed = f"tokens/s of one sequence (median, least to most of {len(before.speeds)})"
+    old, new = before.tokens_per_second, after.tokens_per_second
+    cells = [
+        f"{x.tokens_per_second:.1f} ({min(x.speeds):.1f} to {max(x.speeds):.1f})"
+        for x in (before, after)
+    ]
+    lines.append(f"| {speed} | {' | '.join(cells)} | {_ratio(old, new)} |")
+    old, new = before.perplexity, after.perplexity
+    cells = [f"{x:.2f}" if x < LARGE else f"{x:.3g}" for x in (old, new)]
+    label = f"perplexity (n = {len(before.nll)} windows)"
+    lines.append(f"| {label} | {' | '.join(cells)} | {_ratio(old, new)} |")
+    return "\n".join(lines) + f"\nMeasured on {before.where}.\n"
+
+
+def _ratio(old: int | float, new: int | float) -> str:
+    if not old or not np.isfinite(old) or not np.isfinite(new):
+        return "-"
+    return f"{new / old:.3f}" if 1 / LARGE < new / old < LARGE else f"{new / old:.3g}"
 
 
 def model_card(
@@ -74,6 +100,8 @@ def model_card(
 ) -> str:
     """README.md of a pruned checkpoint. `texts`: what calibration and perplexity were made on."""
     settings, source = wanted.settings, calibration.model
+    path = Path(source["name"])  # of what lies on a disk the name alone: paths tell of people
+    name = _plain(path.name if path.is_absolute() or path.exists() else source["name"])
     removed = [f"- layers (in order of removal): {_list(wanted.layers)}"] if wanted.layers else []
     if wanted.query_heads:
         removed.append(
@@ -94,17 +122,19 @@ def model_card(
             "library_name: transformers",
             "tags: [pruned, tappa]",
             "---",
-            f"# {_plain(source['name'])}, pruned",
+            f"# {name}, pruned",
             "",
-            f"- source: {_plain(source['name'])} ({source['class']}, {source['layers']} layers, "
+            f"- source: {name} ({source['class']}, {source['layers']} layers, "
             f"{source['heads']} heads, {source['kv_heads']} KV heads, {source['dtype']})",
-            f"- method: tappa, {'; '.join(by) or 'nothing removed'}",
+            f"- method: tappa {version('tappa')}, {'; '.join(by) or 'nothing removed'}",
             f"- calibration: {_plain(texts['calibration'])}, {calibration.windows} windows of "
             f"{calibration.settings['window']} tokens, stride {calibration.settings['stride']}",
             *removed,
             "",
             figures_table(*figures),
-            f"Perplexity on {_plain(texts['held_out'])}. Nothing was trained after removal.",
+            f"Perplexity on {_plain(texts['held_out'])}, windows of "
+            f"{calibration.settings['window']} tokens. Nothing was trained after removal. Made on "
+            f"{datetime.now(UTC):%Y-%m-%d}.",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -157,6 +187,7 @@ def plot(calibration: Calibration, wanted: Plan, kind: str = "png") -> bytes:
         panel.grid(alpha=0.3)
         for layer in wanted.layers:
             panel.axvspan(layer - 0.5, layer + 0.5, color="0.85", zorder=0, linewidth=0)
+    panels[0].set_yscale("log")  # the first layer does more than all others
     panels[-1].set_xlabel("layer" + (" (shaded: removed)" if wanted.layers else ""))
     panels[0].set_title(_plain(calibration.model["name"]), fontsize=10)
     out = io.BytesIO()

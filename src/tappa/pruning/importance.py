@@ -29,7 +29,7 @@ def bi_prime(influence: PerLayer, similarity: PerLayer, beta: float) -> PerLayer
     array([0.5, 0.5, 1.5])
     """
     if not 0 <= beta < float("inf"):
-        raise PruningError(f"expected beta >= 0, got {beta!r}")
+        raise PruningError(f"expected a finite beta >= 0, got {beta!r}")
     return normalised(influence) + beta * (1 - normalised(similarity))
 
 

@@ -21,9 +21,15 @@ class Figures:
 
     parameters: int
     nbytes: int
-    tokens_per_second: float  # written one by one, median of some runs
+    speeds: list[float]  # tokens per second, written one by one; of each run
     perplexity: float
     nll: list[float]  # of each window, mean over its tokens
+    where: str  # device and threads
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median of the runs."""
+        return statistics.median(self.speeds)
 
 
 def nll_of_windows(
@@ -50,7 +56,7 @@ def perplexity_of(nll: list[float]) -> float:
 
 
 def measure(
-    model: PreTrainedModel, windows: Windows, *, runs: int = 3, progress: Progress | None = None
+    model: PreTrainedModel, windows: Windows, *, runs: int = 5, progress: Progress | None = None
 ) -> Figures:
     """Parameters, bytes, decoding speed and perplexity on windows of held-out text."""
     parameters = {id(p): p for p in model.parameters()}.values()  # tied ones count once
@@ -58,12 +64,18 @@ def measure(
     return Figures(
         parameters=sum(p.numel() for p in parameters),
         nbytes=sum(p.numel() * p.element_size() for p in parameters),
-        tokens_per_second=statistics.median(
-            _speed(model, windows.ids[0][:128]) for _ in range(runs)
-        ),
+        speeds=[_speed(model, windows.ids[0][:128]) for _ in range(runs + 1)][1:],  # one warms up
         perplexity=perplexity_of(nll),
         nll=nll,
+        where=_where(model),
     )
+
+
+def _where(model: PreTrainedModel) -> str:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _speed(model: PreTrainedModel, prompt: list[int], steps: int = 32) -> float:

@@ -55,7 +55,7 @@ class Amounts:
             if not 0 <= count < most:
                 raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
         if not 0 <= self.beta < float("inf"):
-            raise PruningError(f"expected beta >= 0, got {self.beta!r}")
+            raise PruningError(f"expected a finite beta >= 0, got {self.beta!r}")
 
 
 def plan(

@@ -11,21 +11,49 @@ from tappa.checkpoint import first_line, quiet
 from tappa.errors import OutputError
 from tappa.files import check_writable_folder, ensure_folder
 
+# What may lie in a folder that is replaced: what transformers and tappa write into a checkpoint.
+_PARTS = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template*", "README.md", "pruning.json"),
+)
 
-def check_target(folder: str | Path, *, force: bool = False) -> Path:
+
+def check_target(
+    folder: str | Path, *, force: bool = False, source: str | Path | None = None
+) -> Path:
     """Whether a checkpoint may go into a folder: call it before long work.
 
     A folder that is missing or empty will do; with `force` one that holds a checkpoint (a
-    config.json) is replaced. Raises OutputError.
+    config.json) and nothing else is replaced, but never `source`, where the model comes from.
+    Raises OutputError.
     """
     path = Path(folder)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"cannot write the checkpoint {path}: not a folder")
     if path.is_dir() and any(path.iterdir()):
         if not force:
-            raise OutputError(f"{path} is not empty: choose another folder, or force to replace it")
+            raise OutputError(
+                f"{path} is not empty: choose another folder, or --force (force=True) to replace it"
+            )
         if not (path / "config.json").is_file():
             raise OutputError(f"{path} holds no checkpoint (config.json): it is never replaced")
+        if source is not None and path.resolve() == Path(source).resolve():
+            raise OutputError(f"{path} is the model that is pruned: choose another folder")
+        others = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.is_dir() or not any(p.match(part) for part in _PARTS)
+        )
+        if others:
+            raise OutputError(
+                f"{path} also holds {', '.join(others[:3])}: not replaced, choose another folder"
+            )
     check_writable_folder(path.absolute().parent)
     return path
 
