@@ -65,7 +65,8 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
     names = {"q_similarity", "k_similarity", "dominant_channel", "dominant_share", "period"}
     names |= {"sink_mass", "predictability", "explained", "observed"}
     assert all(names <= head.keys() for head in found["heads"])
-    assert files_below(tmp_path / "new") == ["out/analysis.json", "out/heads.csv"]
+    files = ["analysis.json", "heads.csv", "report.html", "views.npz"]
+    assert files_below(tmp_path / "new") == [f"out/{name}" for name in files]
     assert tappa.Analysis.load(out / "analysis.json").summary() == found
     rows = list(csv.DictReader((out / "heads.csv").read_text().splitlines()))
     for row, head in zip(rows, found["heads"], strict=True):
@@ -75,12 +76,12 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
 
 def test_the_terminal_shows_the_analysis(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--device", "cpu", "--tokens", "30", "--chunk", "16", "--out", out)
+    options = ("--device", "cpu", "--tokens", "30", "--chunk", "16", "--out", out, "--no-report")
     code, stdout, _ = run("analyze", model, "--text", text, "--text", text, *options)
     assert code == 0
     assert "1 layers, 6 heads, 60 tokens in 2 prompt(s)" in " ".join(stdout.split())
     assert "bounds of the theorems: 0 violations" in stdout
-    assert f"wrote {out / 'analysis.json'} and {out / 'heads.csv'}" in " ".join(stdout.split())
+    assert f"wrote {out / 'analysis.json'}, {out / 'heads.csv'}" in " ".join(stdout.split())
     assert files_below(out) == ["analysis.json", "heads.csv"]
 
 

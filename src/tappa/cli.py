@@ -27,6 +27,8 @@ from tappa.compression import (
 from tappa.display import render_methods, render_plan, render_written, show
 from tappa.errors import EvaluationError, MissingExtraError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
+from tappa.report.page import write_report
+from tappa.report.views import TOKENS, Views, look
 from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
 
 ModelArgument = Annotated[
@@ -39,6 +41,7 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 
+VIEWS = "views.npz"  # what a report shows of a text, beside analysis.json
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -70,8 +73,11 @@ def analyze(
         typer.Option(help="Tokens of each text. Default: 2048, or the model's context if less."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for analysis.json and heads.csv.")
+        Path | None, typer.Option(help="Folder for analysis.json, heads.csv and report.html.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html into the folder too.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -103,16 +109,59 @@ def analyze(
             chunk=chunk,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    written = []
     if out is not None:
         ensure_folder(out)
-        analysis.save(out / "analysis.json")
-        write_atomic(out / "heads.csv", analysis.to_frame().to_csv(index=False))
+        written = [analysis.save(out / "analysis.json")]
+        table = analysis.to_frame().to_csv(index=False)
+        written.append(write_atomic(out / "heads.csv", table))
+    if out is not None and report:
+        with errors.status("drawing the report"):
+            views = look(
+                loaded.model, loaded.tokenizer, texts[0], tokens=min(tokens or TOKENS, TOKENS)
+            )
+            written.append(views.save(out / VIEWS))
+            try:
+                page = write_report(out / "report.html", [out / "analysis.json"], views=views)
+                written.append(page)
+            except MissingExtraError as error:
+                warnings.warn(str(error), stacklevel=1)
     if as_json:
         print(json.dumps(analysis.summary(), allow_nan=False))
         return
     show(analysis, Console())
-    if out is not None:
-        typer.echo(f"\nwrote {out / 'analysis.json'} and {out / 'heads.csv'}")
+    if written:
+        typer.echo(f"\nwrote {', '.join(map(str, written))}")
+
+
+@app.command("report")
+def report_command(
+    analyses: Annotated[
+        list[Path], typer.Argument(help="analysis.json of 'tappa analyze --out'; several compare.")
+    ],
+    results: Annotated[
+        Path | None, typer.Option(help="Folder in which eval, prune and verify left their files.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """One page of all heads: atlas, head cards, text, results; opens without a network.
+
+    Attention maps and text come from views.npz beside the first analysis. Needs the extra
+    tappa[report].
+
+    Examples:
+
+    \b
+      tappa analyze --out smollm2 && tappa report smollm2/analysis.json
+      tappa report before/analysis.json after/analysis.json --results results -o both.html
+    """
+    check_writable_folder(out.absolute().parent)
+    views = analyses[0].with_name(VIEWS)
+    found = Views.load(views) if views.is_file() else None
+    write_report(out, analyses, results=results, views=found)
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

@@ -47,3 +47,7 @@ class VerificationError(TappaError):
 
 class NonFiniteError(CaptureError):
     """NaN or infinity in the queries or keys of a layer."""
+
+
+class ReportError(TappaError):
+    """What a report should show cannot be read."""

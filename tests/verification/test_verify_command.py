@@ -101,7 +101,7 @@ def test_verdicts() -> None:
     assert set(figures(Verified(MODEL, 64, relocations=[GOOD]))) == {"relocation.png"}
 
 
-def test_four_kinds_of_text() -> None:
+def test_five_kinds_of_text() -> None:
     texts = kinds_of_text()
-    assert list(texts) == ["prose", "manual", "code", "table"]
-    assert min(map(len, texts.values())) > 20_000
+    assert list(texts) == ["prose", "verse", "manual", "code", "table"]
+    assert min(map(len, texts.values())) > 18_000

@@ -19,14 +19,14 @@ LABELLED = 2  # layers that are named in a scatter plot
 def figures(found: Verified) -> dict[str, bytes]:
     """PNG pictures by file name; those of parts that were not asked for are missing."""
     drawn: dict[str, tuple[bool, Callable[[Verified, Any], None], tuple[float, float]]] = {
-        "bounds.png": (bool(found.bounds), _bounds, (7, 0.45 * len(found.bounds) + 1.2)),
-        "relocation.png": (_measured(found) != [], _relocation, (5.5, 5)),
+        "bounds.png": (bool(found.bounds), _bounds, (7.0, 0.45 * len(found.bounds) + 1.2)),
+        "relocation.png": (_measured(found) != [], _relocation, (5.5, 5.0)),
         "observations.png": (
             any(x.value is not None for x in found.observations),
             _observations,
-            (10, 0.24 * len(found.observations) + 1.4),
+            (10.0, 0.24 * len(found.observations) + 1.4),
         ),
-        "resonance.png": (bool(found.resonances), _resonance, (8, 2.2 * CURVES + 0.8)),
+        "resonance.png": (bool(found.resonances), _resonance, (8.0, 2.2 * CURVES + 0.8)),
         "sensitivity.png": (bool(found.needs), _sensitivity, (5.5, 4.5)),
     }
     return {name: _draw(found, draw, size) for name, (there, draw, size) in drawn.items() if there}
