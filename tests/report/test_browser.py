@@ -1,5 +1,6 @@
 """The report page in a real browser (Debian's chromium): clicks, keys, widths, errors."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. " * 9
 HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>'
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="needs chromium (apt install chromium) and playwright",
+)
 
 
 @pytest.fixture(scope="module")

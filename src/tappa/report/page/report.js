@@ -81,7 +81,7 @@
     }
     if (state.colour === "disagree") Object.assign(trace, { zmin: 0, zmax: 1, colorscale: [[0, "#56b4e9"], [1, "#d55e00"]], showscale: false });
     const few = rows * columns <= 600;
-    if (few) Object.assign(trace, { customdata: letters, texttemplate: "%{customdata}" });
+    if (few && ["observed", "explained", "disagree"].includes(state.colour)) Object.assign(trace, { customdata: letters, texttemplate: "%{customdata}" });
     const chosen = heads[state.head];
     const shapes = chosen ? [{ type: "rect", x0: chosen.head - 0.5, x1: chosen.head + 0.5, y0: chosen.layer - 0.5, y1: chosen.layer + 0.5, line: { color: "#d55e00", width: 3 } }] : [];
     draw("atlas", [trace], { height: Math.min(900, Math.max(300, rows * 17 + 90)), shapes, title: title($("colour").selectedOptions[0].textContent),
