@@ -74,6 +74,9 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     assert page.evaluate("location.hash") == "#L1H3"
     page.select_option("#colour", "disagree")
     assert "labels disagree" in page.text_content("#atlas .gtitle")
+    letters = page.locator("#atlas .heatmap-label").all_text_contents()
+    assert len(letters) == 12
+    assert set(letters) <= set("RSPL·")
     page.fill("#find", "L0 H5")
     assert page.inner_text("#card-title").startswith("L0 H5")
     assert page.inner_text("#list .hint") == "1 heads"

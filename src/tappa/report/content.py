@@ -65,6 +65,7 @@ def content_of(
     content = {
         "labels": list(LABELS),
         "figures": FIGURES,
+        "tightness": list(TIGHTNESS),
         "analyses": shown,
         "views": None if views is None else views_content(views),
         "results": found,

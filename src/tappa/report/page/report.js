@@ -73,7 +73,7 @@
       if (["observed", "explained", "disagree"].includes(state.colour))
         letters[head.layer][head.head] = LETTERS[head[state.colour === "explained" ? "explained" : "observed"]] || "";
     }
-    const trace = { type: "heatmap", z, text, hoverinfo: "text", xgap: 1, ygap: 1, colorscale: "Cividis", colorbar: { thickness: 12 } };
+    const trace = { type: "heatmap", z, hovertext: text, hoverinfo: "text", xgap: 1, ygap: 1, colorscale: "Cividis", colorbar: { thickness: 12 } };
     if (state.colour === "observed" || state.colour === "explained") {
       const n = data.labels.length;
       Object.assign(trace, { zmin: -0.5, zmax: n - 0.5, colorscale: data.labels.flatMap((_, i) => [[i / n, COLOURS[i]], [(i + 1) / n, COLOURS[i]]]),
@@ -81,7 +81,7 @@
     }
     if (state.colour === "disagree") Object.assign(trace, { zmin: 0, zmax: 1, colorscale: [[0, "#56b4e9"], [1, "#d55e00"]], showscale: false });
     const few = rows * columns <= 600;
-    if (few && ["observed", "explained", "disagree"].includes(state.colour)) Object.assign(trace, { customdata: letters, texttemplate: "%{customdata}" });
+    if (few && ["observed", "explained", "disagree"].includes(state.colour)) Object.assign(trace, { text: letters, texttemplate: "%{text}" });
     const chosen = heads[state.head];
     const shapes = chosen ? [{ type: "rect", x0: chosen.head - 0.5, x1: chosen.head + 0.5, y0: chosen.layer - 0.5, y1: chosen.layer + 0.5, line: { color: "#d55e00", width: 3 } }] : [];
     draw("atlas", [trace], { height: Math.min(900, Math.max(300, rows * 17 + 90)), shapes, title: title($("colour").selectedOptions[0].textContent),
@@ -159,6 +159,11 @@
       row.append(element("th", words, { scope: "row" }), element("td", number(head[key]), { class: "n" }));
       table.append(row);
     }
+    (head.tightness || []).forEach((value, i) => {
+      const row = element("tr");
+      row.append(element("th", `bound ÷ actual, ${data.tightness[i]}`, { scope: "row" }), element("td", number(value), { class: "n" }));
+      table.append(row);
+    });
   };
   const choose = (index) => {
     state.head = index;
