@@ -27,7 +27,9 @@ from tappa.compression import (
 from tappa.display import render_methods, render_plan, render_written, show
 from tappa.errors import EvaluationError, MissingExtraError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
+from tappa.report.content import content_of
 from tappa.report.page import write_report
+from tappa.report.prints import figures
 from tappa.report.views import TOKENS, Views, look
 from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
 
@@ -158,10 +160,41 @@ def report_command(
       tappa report before/analysis.json after/analysis.json --results results -o both.html
     """
     check_writable_folder(out.absolute().parent)
-    views = analyses[0].with_name(VIEWS)
-    found = Views.load(views) if views.is_file() else None
-    write_report(out, analyses, results=results, views=found)
+    write_report(out, analyses, results=results, views=_views_beside(analyses[0]))
     typer.echo(f"wrote {out}")
+
+
+@app.command("figures")
+def figures_command(
+    analysis: Annotated[Path, typer.Argument(help="analysis.json of 'tappa analyze --out'.")],
+    results: Annotated[
+        Path | None, typer.Option(help="Folder in which 'tappa eval' left its results.json.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path(
+        "figures"
+    ),
+    kind: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
+) -> None:
+    """Draw figures for a paper: atlas, similarity, channels, patterns, quality against budget.
+
+    Needs the extra tappa[figures].
+
+    Examples:
+
+    \b
+      tappa figures smollm2/analysis.json -o figures
+      tappa figures smollm2/analysis.json --results results --format pdf
+    """
+    content = content_of([analysis], results, _views_beside(analysis))
+    pictures = figures(content, kind)
+    ensure_folder(out)
+    for name, picture in pictures.items():
+        typer.echo(f"wrote {write_atomic(out / name, picture)}")
+
+
+def _views_beside(analysis: Path) -> Views | None:
+    path = analysis.with_name(VIEWS)
+    return Views.load(path) if path.is_file() else None
 
 
 @app.command()

@@ -18,6 +18,7 @@ from tappa.attention_profile import Attention
 from tappa.errors import OutputError, ReportError
 from tappa.report.content import FIGURES, LAGS, content_of
 from tappa.report.page import render, write_report
+from tappa.report.prints import clearest, figures
 from tappa.report.views import STRETCH, TOP, Views, look, picture
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -171,3 +172,49 @@ def test_commands(run: Run, tmp_path: Path) -> None:
     assert unpacked(page.read_text())["views"]["tokens"]
     code, _, errors = run("report", text)
     assert (code, "not JSON" in errors) == (2, True)
+
+
+TABLE = {
+    "name": "ruler: average",
+    "metric": "score",
+    "lower_is_better": False,
+    "rows": [
+        {"method": "full", "budget": None, "n": 5, "mean": 0.9, "error": 0.1},
+        {"method": "tappa", "budget": 128.0, "n": 5, "mean": 0.5, "error": None},
+        {"method": "tappa", "budget": 64.0, "n": 5, "mean": 0.4, "error": 0.1},
+    ],
+}
+
+
+def test_figures_for_print(analysis: Path, tmp_path: Path) -> None:
+    (tmp_path / "r" / "a").mkdir(parents=True)
+    (tmp_path / "r" / "a" / "results.json").write_text(json.dumps({"tables": [TABLE]}))
+    views = look(tiny_model("qwen2"), tiny_tokenizer(), TEXT, tokens=150, methods=[])
+    content = content_of([analysis], tmp_path / "r", views)
+    content["analyses"][0]["title"] = "$x^{$ <b>"  # a name is no formula
+    found = figures(content, "svg")
+    assert set(found) == {
+        *("atlas.svg", "similarity.svg", "channels.svg", "patterns.svg", "quality-a.svg")
+    }
+    assert all(picture.startswith(b"<?xml") for picture in found.values())
+    without = content_of([analysis])
+    assert set(figures(without)) == {"atlas.png", "similarity.png", "channels.png"}
+    without["analyses"][0]["heads"] = []
+    assert figures(without) == {}
+    with pytest.raises(ReportError, match="png, svg, pdf, got 'bmp'"):
+        figures(content, "bmp")
+
+
+def test_the_clearest_head_of_a_label_is_drawn(analysis: Path) -> None:
+    heads = content_of([analysis])["analyses"][0]["heads"][:3]
+    for head, value in zip(heads, (0.2, 0.9, 0.4), strict=True):
+        head |= {"observed": "re-access", "vertical": value}
+    assert clearest({"heads": heads}, ["re-access", "seasonal"]) == [1]
+
+
+def test_figures_command(run: Run, analysis: Path, tmp_path: Path) -> None:
+    code, out, _ = run("figures", analysis, "-o", tmp_path / "f", "--format", "pdf")
+    assert code == 0
+    names = ["atlas.pdf", "channels.pdf", "similarity.pdf"]
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == names
+    assert out.count("wrote") == 3
