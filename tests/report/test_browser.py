@@ -88,6 +88,8 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     page.select_option("#method", "streaming_llm")
     assert "tokens in L0 H5" in page.inner_text("#kept-hint")
     assert page.locator("#tokens span.gone").count() == 150
+    budgets = page.evaluate("document.getElementById('budgets').data.map(x => [x.name, x.y])")
+    assert {name: sum(y) for name, y in budgets}["snapkv"] == 2 * 50  # layers, a quarter of 200
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert errors == []
 

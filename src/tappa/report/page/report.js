@@ -232,6 +232,17 @@
   };
 
   // ---- model
+  const ones = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll("0", "").length);
+  const tokensByLayer = (method) => {
+    const place = data.views.methods.indexOf(method), row = Math.ceil(views.tokens.length / 8), kv = data.views.kv_heads;
+    const layers = Math.max(...current().heads.map((h) => h.layer)) + 1, perLayer = kv / layers;
+    return Array.from({ length: layers }, (_, layer) => {
+      let sum = 0;
+      const from = (place * kv + layer * perLayer) * row;
+      for (let i = from; i < from + perLayer * row; i++) sum += ones[views.kept[i]];
+      return sum / perLayer;
+    });
+  };
   const byLayer = (analysis, key) => {
     const sums = [];
     for (const head of analysis.heads) if (head[key] !== null) (sums[head.layer] ||= []).push(head[key]);
@@ -241,6 +252,10 @@
     const keys = ["q_similarity", "k_similarity", "predictability", "sink_mass"];
     draw("layers", keys.map((key, i) => ({ y: byLayer(current(), key), name: plain(data.figures[key]), mode: "lines+markers", line: { color: COLOURS[i] } })),
       { height: 340, title: title("Means over the heads of each layer"), xaxis: { title: { text: "layer" } }, legend: LEGEND });
+    $("budgets").hidden = !(views && state.analysis === 0 && data.views.methods.length);
+    if (!$("budgets").hidden)
+      draw("budgets", data.views.methods.map((method, i) => ({ y: tokensByLayer(method), name: plain(method), mode: "lines+markers", line: { color: COLOURS[i % 8], width: method === "tappa" ? 4 : 2 } })),
+        { height: 340, title: title(`Tokens kept by layer, at ${data.views.budget} for each head on average`), xaxis: { title: { text: "layer" } }, legend: LEGEND });
     const pruning = (data.results["pruning.json"] || [])[0];
     $("blocks").hidden = !(pruning && Array.isArray(pruning.content.layers));
     if (!$("blocks").hidden) {
