@@ -77,6 +77,9 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     letters = page.locator("#atlas .heatmap-label").all_text_contents()
     assert len(letters) == 12
     assert set(letters) <= set("RSPL·")
+    page.select_option("#colour", "kept:snapkv")
+    kept = page.evaluate("document.getElementById('atlas').data[0].z")
+    assert sum(map(sum, kept)) == 2 * 6 * 50  # 50 in each KV head, which two of six heads read
     page.fill("#find", "L0 H5")
     assert page.inner_text("#card-title").startswith("L0 H5")
     assert page.inner_text("#list .hint") == "1 heads"

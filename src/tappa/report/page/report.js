@@ -57,6 +57,7 @@
       return place < 0 ? null : place;
     }
     if (state.colour === "disagree") return head.observed === head.explained ? 0 : 1;
+    if (state.colour.startsWith("kept:")) return state.analysis === 0 ? tokensOf(state.colour.slice(5), head) : null;
     return head[state.colour];
   };
   const drawAtlas = () => {
@@ -69,7 +70,7 @@
       if (!matches(head)) continue;
       const value = colourOf(head);
       z[head.layer][head.head] = value;
-      text[head.layer][head.head] = `${name(head)}: ${number(head[state.colour] ?? head.observed)}`;
+      text[head.layer][head.head] = `${name(head)}: ${number(state.colour.startsWith("kept:") ? value : head[state.colour] ?? head.observed)}`;
       if (["observed", "explained", "disagree"].includes(state.colour))
         letters[head.layer][head.head] = LETTERS[head[state.colour === "explained" ? "explained" : "observed"]] || "";
     }
@@ -233,16 +234,14 @@
 
   // ---- model
   const ones = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll("0", "").length);
-  const tokensByLayer = (method) => {
-    const place = data.views.methods.indexOf(method), row = Math.ceil(views.tokens.length / 8), kv = data.views.kv_heads;
-    const layers = Math.max(...current().heads.map((h) => h.layer)) + 1, perLayer = kv / layers;
-    return Array.from({ length: layers }, (_, layer) => {
-      let sum = 0;
-      const from = (place * kv + layer * perLayer) * row;
-      for (let i = from; i < from + perLayer * row; i++) sum += ones[views.kept[i]];
-      return sum / perLayer;
-    });
+  const tokensIn = (method, first, count) => { // kept by a method in `count` KV heads from `first` on
+    const row = Math.ceil(views.tokens.length / 8), from = (data.views.methods.indexOf(method) * data.views.kv_heads + first) * row;
+    return views.kept.subarray(from, from + count * row).reduce((sum, byte) => sum + ones[byte], 0);
   };
+  const perLayer = () => data.views.kv_heads / (Math.max(...data.analyses[0].heads.map((h) => h.layer)) + 1);
+  const tokensOf = (method, head) => tokensIn(method, head.layer * perLayer() + head.kv_head, 1);
+  const tokensByLayer = (method) =>
+    Array.from({ length: data.views.kv_heads / perLayer() }, (_, layer) => tokensIn(method, layer * perLayer(), perLayer()) / perLayer());
   const byLayer = (analysis, key) => {
     const sums = [];
     for (const head of analysis.heads) if (head[key] !== null) (sums[head.layer] ||= []).push(head[key]);
@@ -354,6 +353,7 @@
   data.analyses.forEach((analysis, i) => option("analysis", i, `${analysis.title} (${analysis.file})`));
   for (const [key, words] of Object.entries(data.figures)) { option("colour", key, words); option("sort", key, words); }
   option("colour", "observed", "observed label"); option("colour", "explained", "explained label"); option("colour", "disagree", "where labels disagree");
+  for (const method of data.views ? data.views.methods : []) option("colour", `kept:${method}`, `tokens kept by ${method}`);
   $("sort").prepend(element("option", "by layer", { value: "" }));
   $("sort").value = "";
   option("label", "", "all"); data.labels.forEach((label) => option("label", label, label));
