@@ -8,6 +8,7 @@ test, Holm over all differences of the folder's table). Best first, by the mean 
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +34,7 @@ def signed(value: float) -> str:
 
 def cell(row: Row) -> str:
     mean = f"{row.mean:.3f}".replace("0.", ".", 1)
-    if row.low is None or row.high is None or row.p_holm is None:
+    if row.low is None or row.high is None or row.p_holm is None or math.isnan(row.low):
         return mean
     interval = f"{signed(row.low)} to {signed(row.high)}"
     return f"{mean} ({f'**{interval}**' if row.p_holm < 0.05 else interval})"
