@@ -1,6 +1,5 @@
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 
 import tappa
 from tappa.analysis import SCHEMA
-from tappa.cli import main
 from tappa.compression import METHODS, describe_methods
 from tiny import save_tiny
 
@@ -29,23 +27,6 @@ def text(tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
-    """Call the command: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tappa", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        code = exit_.value.code or 0
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return call
 
 
 def files_below(folder: Path) -> list[str]:

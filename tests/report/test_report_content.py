@@ -191,6 +191,7 @@ def test_figures_for_print(analysis: Path, tmp_path: Path) -> None:
     (tmp_path / "r" / "a" / "results.json").write_text(json.dumps({"tables": [TABLE]}))
     views = look(tiny_model("qwen2"), tiny_tokenizer(), TEXT, tokens=150, methods=[])
     content = content_of([analysis], tmp_path / "r", views)
+    assert any("no tokens that methods keep" in note for note in content["notes"])
     content["analyses"][0]["title"] = "$x^{$ <b>"  # a name is no formula
     found = figures(content, "svg")
     assert set(found) == {

@@ -1,13 +1,12 @@
 """Windows of text, for calibration and for perplexity."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.errors import PruningError, TextError
+from tappa.files import digest_of
 from tappa.models import context_length
 from tappa.texts import MIN_TOKENS
 
@@ -62,4 +61,4 @@ class Windows:
     @property
     def digest(self) -> str:
         """A fingerprint of all ids."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+        return digest_of(self.ids)

@@ -62,6 +62,8 @@ def content_of(
     found = results_content(Path(results), notes) if results is not None else {}
     if views is None:
         notes.append("no attention maps and no text: tappa analyze --out keeps them (views.npz)")
+    elif not views.methods:
+        notes.append("no tokens that methods keep: too short a text, or a cache of another kind")
     content = {
         "labels": list(LABELS),
         "figures": FIGURES,
