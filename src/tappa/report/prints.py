@@ -41,9 +41,9 @@ def figures(content: Content, kind: str = "png") -> dict[str, bytes]:
             drawn["similarity"] = _similarity, analysis, (6.0, 3.2)
             drawn["channels"] = _channels, analysis, (6.0, 3.2)
         shown = clearest(analysis, content["labels"])
-        if content["views"] and analysis.get("attention") and shown:
+        if content["texts"] and analysis.get("attention") and shown:
             size = 2.3 * len(shown), 4.4
-            drawn["patterns"] = _patterns, (analysis, content["views"], shown), size
+            drawn["patterns"] = _patterns, (analysis, content["texts"][0], shown), size
     for result in content["results"].get("results.json", []):
         tables = result["content"].get("tables") or []
         if tables:
