@@ -42,6 +42,7 @@ GENERATION: dict[str, Any] = {
     "nbytes": 3_000_000,
 }
 MOVED = {"layer": 1, "head": 2, "source": 4, "base_factor": 1.0, "verdict": "pass", "error": 0.01}
+MOVED |= {"lag0": 0.0, "reason": ""}
 OBSERVED = {"variant": "pre_all_prompt", "low": 0.1, "high": 0.9, "n": 12}
 VERIFICATION: dict[str, Any] = {
     "schema": "tappa.verification/1",
@@ -56,8 +57,14 @@ VERIFICATION: dict[str, Any] = {
         MOVED | {"target": 3, "predicted": 19.0, "measured": None, "attention": None},
     ],
     "constructed": [
-        {"pattern": "re-access", "observed": "re-access", "explained": "sequential"},
-        {"pattern": "re-access", "observed": "re-access", "explained": "re-access"},
+        {
+            "pattern": "re-access",
+            "observed": "re-access",
+            "explained": name,
+            "noise": 0.0,
+            "seed": 0,
+        }
+        for name in ("sequential", "re-access")
     ],
     "observations": [
         OBSERVED | {"claim": "a: S tells", "figure": "AUROC", "value": 0.7},
@@ -70,7 +77,10 @@ VERIFICATION: dict[str, Any] = {
         | {"expected": [0.7, 0.1]}
         for t in (2, 3)
     ],
-    "sensitivity": [{"grain": "layers", "variant": "pre_all_prompt", "value": 0.5, "p": 0.01}],
+    "sensitivity": [
+        {"grain": "layers", "variant": "pre_all_prompt", "value": 0.5, "p": 0.01, "n": 2}
+    ],
+    "notes": [],
     "needs": [
         {"layer": 0, "dissimilarity": 0.2, "kl": 0.01},
         {"layer": 1, "dissimilarity": 0.3, "kl": 0.05},

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +17,16 @@ import pytest
 import torch
 
 import tappa
-from result_files import HOSTILE, TABLE
+from result_files import HOSTILE, TABLE, leave
 from tappa.attention_profile import Attention
 from tappa.capture import LayerView, prefill
-from tappa.errors import OutputError, ReportError
+from tappa.errors import OutputError, ReportError, VerificationError
 from tappa.query_model import expected_persistence
 from tappa.report.content import FIGURES, LAGS, RESULTS, content_of, origins
 from tappa.report.looking import ROWS, TOP, look, persistence_curves, picture
 from tappa.report.page import render, write_report
-from tappa.report.prints import clearest, figures
+from tappa.report.print_heads import clearest
+from tappa.report.prints import VERIFIED, figures
 from tappa.report.views import CURVES, FILE, LEVELS, STRETCH, Views, load_views, save_views
 from tappa.theory import spread_rows
 from tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -334,16 +337,53 @@ def test_figures_for_print(analysis: Path, tmp_path: Path) -> None:
     assert any("no tokens that methods keep" in note for note in content["notes"])
     content["analyses"][0]["title"] = "$x^{$ <b>"  # a name is no formula
     found = figures(content, "svg")
-    assert set(found) == {
-        *("atlas.svg", "similarity.svg", "channels.svg", "patterns.svg", "quality-a.svg")
+    assert {Path(name).stem for name in found} == {
+        *("atlas", "similarity", "channels", "patterns", "persistence"),
+        *("quality-a", "memory-a"),  # no methods in these views, so no budgets
     }
     assert all(picture.startswith(b"<?xml") for picture in found.values())
+    assert list(figures(content, only="quality")) == ["quality-a.png"]
+    assert figures(content, only="qual") == {}
     without = content_of([analysis])
     assert set(figures(without)) == {"atlas.png", "similarity.png", "channels.png"}
     without["analyses"][0]["heads"] = []
     assert figures(without) == {}
     with pytest.raises(ReportError, match="png, svg, pdf, got 'bmp'"):
         figures(content, "bmp")
+
+
+def test_budgets_and_verifications_for_print(analysis: Path, views: Views, tmp_path: Path) -> None:
+    copy = tmp_path / "analysis.json"
+    copy.write_text(analysis.read_text())
+    save_views(tmp_path / FILE, [views])
+    content = content_of([copy], leave(tmp_path / "r"))
+    found = figures(content)
+    assert "budgets.png" in found
+    claims = {f"{name}-run.png" for name in VERIFIED}
+    assert claims < set(found)
+    assert figures(content, only="relocation").keys() == {"relocation-run.png"}
+    del content["results"]["verification.json"][0]["content"]["bounds"]
+    with pytest.raises(VerificationError, match="expected a verification of tappa, got KeyError"):
+        figures(content)
+
+
+def test_every_figure_has_a_script(analysis: Path, views: Views, tmp_path: Path) -> None:
+    copy = tmp_path / "analysis.json"
+    copy.write_text(analysis.read_text())
+    save_views(tmp_path / FILE, [views])
+    found = figures(content_of([copy], leave(tmp_path / "r")))
+    names = {name.split(".")[0].removesuffix("-run") for name in found}
+    folder = Path(__file__).parents[2] / "runs" / "figures"
+    assert names | {"figure"} == {path.stem for path in folder.glob("*.py")}
+    command = [sys.executable, str(folder / "quality.py"), str(copy)]
+    out = tmp_path / "out.svg"
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path / "r"), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.stdout == f"wrote {out}\n"
+    assert out.read_bytes().startswith(b"<?xml")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "no data for quality" in done.stderr) == (2, True)
 
 
 def test_the_clearest_head_of_a_label_is_drawn(analysis: Path) -> None:
