@@ -73,11 +73,13 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        raise SystemExit("needs chromium (apt install chromium)")
     found: dict[str, Any] = {"benchmark": "report", "heads": HEADS * HEADS, "tokens": TOKENS}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         file = synthetic(Path(folder))
         found["page_bytes"] = file.stat().st_size
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         found["browser"] = f"chromium {browser.version}"
         page = browser.new_page(viewport={"width": 1280, "height": 1400})

@@ -189,7 +189,7 @@ def test_results_and_comparisons_are_shown(
         assert page.locator(f"#{part}-part .main-svg").count() >= 5
     if not hostile:
         captions = " ".join(page.locator("#results-part figcaption").all_inner_texts())
-        for what in ("MB of keys and values", "seconds to choose", "Tokens written a second"):
+        for what in ("MB of keys and values", "Seconds to choose", "Tokens written a second"):
             assert what in captions
         page.locator("#results select").nth(1).select_option("nbytes")
         drawn = page.locator("#results .plot").first.evaluate("x => x.data.map(y => [y.name, y.x])")

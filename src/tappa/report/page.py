@@ -53,7 +53,8 @@ def render(content: dict[str, Any], limit: int = LIMIT) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     frame = (page / "report.html").read_text("utf-8")
     given = {
-        "title": " and ".join(str(x["title"]) for x in content["analyses"]) or "no analysis",
+        "title": " and ".join(dict.fromkeys(x["title"] for x in content["analyses"]))
+        or "no analysis",
         "style": (page / "report.css").read_text("utf-8"),
         "script": script,
         "hashes": " ".join(f"'sha256-{_hash(text)}'" for text in (script, plotly)),

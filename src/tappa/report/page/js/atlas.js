@@ -77,6 +77,13 @@ const markList = () => {
   const mine = $("list").querySelector(`[data-head="${state.head}"]`);
   if (mine) mine.setAttribute("aria-current", "true");
 };
+// By where the mouse is: Plotly's own answer lags behind a quick one
+const chooseAt = ({ clientX, clientY }) => {
+  const box = $("atlas").querySelector(".nsewdrag").getBoundingClientRect(), analysis = current();
+  const column = Math.floor(((clientX - box.left) / box.width) * widthOf(analysis)), row = Math.floor(((clientY - box.top) / box.height) * layersOf(analysis));
+  const index = indexAt(analysis, row, column);
+  if (index >= 0) choose(index);
+};
 const choose = (index) => {
   state.head = index;
   Plotly.relayout("atlas", { shapes: frame() });

@@ -68,7 +68,7 @@ const draw = (id, caption, traces, more = {}) => {
 const onClick = (id, act) => { // once for each plot
   if ($(id).dataset.clicks) return;
   $(id).dataset.clicks = "1";
-  $(id).on("plotly_click", (event) => act(event.points[0]));
+  $(id).on("plotly_click", ({ points, event }) => act(points[0], event));
 };
 let plots = 0;
 const addPlot = (box, caption, traces, more, wide = false) => {

@@ -76,7 +76,7 @@ if (data.analyses.length) {
   fillSelects(); startCompare(); listen();
   await showAnalysis();
   if (current().heads.length) {
-    onClick("atlas", ({ x, y }) => { const index = indexAt(current(), y, x); if (index >= 0) choose(index); });
+    onClick("atlas", (_, event) => chooseAt(event));
     const asked = /^#L(\d+)H(\d+)$/.exec(location.hash), index = asked ? indexAt(current(), +asked[1], +asked[2]) : -1;
     if (index >= 0) choose(index);
   }

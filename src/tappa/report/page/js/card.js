@@ -31,10 +31,10 @@ const drawLags = (analysis, head) => {
   $("lags").parentElement.hidden = !attention;
   if (!attention) return;
   const x = attention.map((_, lag) => lag), shapes = [];
-  if (turn && turn >= 2)
+  if (turn >= 2)
     for (let at = turn; at < x.length && shapes.length < 60; at += turn)
       shapes.push({ type: "line", x0: at, x1: at, yref: "paper", y0: 0, y1: 1, line: { color: AMBER, width: 1, dash: "dot" } });
-  draw("lags", `By distance${turn ? `; dotted: every ${number(turn)} tokens` : ""}`, [
+  draw("lags", `By distance${shapes.length ? `; dotted: every ${number(turn)} tokens` : ""}`, [
     { x, y: analysis.logits[state.head], name: "mean logit", line: { color: BLUE } },
     { x, y: attention, name: "mean attention", yaxis: "y2", line: { color: RED } },
   ], { shapes, xaxis: axis("tokens back"), yaxis: axis("logit"), yaxis2: axis("attention", { type: "log", dtick: 1 }) });
@@ -70,7 +70,7 @@ const drawPersistence = (head) => {
 };
 const drawFigures = (head) => {
   const rows = Object.entries(data.figures).map(([key, words]) => [words, head[key]]);
-  list(head.tightness).forEach((value, i) => rows.push([`bound ÷ actual, ${data.bounds[data.tightness[i]]}`, value]));
+  list(head.tightness).forEach((value, i) => rows.push([`bound ÷ actual, ${data.bounds[data.tightness[i]].replace(/Theorem |shift /g, "")}`, value]));
   $("figures").replaceChildren(...rows.map(([words, value]) => {
     const row = element("div");
     row.append(element("dt", words), element("dd", number(value)));

@@ -1,7 +1,7 @@
 // What the page holds, and what is chosen: analysis, head, text, method, budget.
-const data = JSON.parse(await unpack($("data").textContent));
-const library = element("script", await unpack($("plotly").textContent));
-document.head.append(library); // runs at once; its hash is in the policy of the page
+const [content, plotly] = await Promise.all(["data", "plotly"].map((id) => unpack($(id).textContent)));
+const data = JSON.parse(content);
+document.head.append(element("script", plotly)); // runs at once; its hash is in the policy of the page
 
 const LETTERS = { "re-access": "R", sequential: "S", periodic: "P", seasonal: "L", unpredictable: "·" };
 const state = { analysis: 0, text: -1, colour: "observed", label: "", find: "", sort: "", head: -1 };

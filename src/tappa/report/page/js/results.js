@@ -8,6 +8,7 @@ const isNumber = (x) => typeof x === "number";
 const drawQuality = (id, table, across) => {
   const [words, of] = ACROSS[across], rows = list(table.rows).filter((row) => isNumber(row.mean)), small = rows.filter((row) => isNumber(row.budget) && isNumber(of(row)));
   const full = rows.find((row) => row.budget === null), ticks = [...new Set(small.map((row) => row.budget))];
+  const dashed = full && across === "budget" && !table.lower_is_better; // its KL to itself is 0
   const traces = [...new Set(small.map((row) => row.method))].map((method, i) => {
     const mine = small.filter((row) => row.method === method).sort((a, b) => of(a) - of(b));
     return { x: mine.map(of), y: mine.map((row) => row.mean), ...methodSeries(i, method),
@@ -15,14 +16,14 @@ const drawQuality = (id, table, across) => {
   });
   if (full && across !== "budget" && isNumber(of(full)))
     traces.push({ x: [of(full)], y: [full.mean], name: "full", mode: "markers", marker: { color: GREY, symbol: "star", size: 14 } });
-  draw(id, `${table.name}: ${table.metric}${table.lower_is_better ? " (less is better)" : ""}, n = ${number(rows[0] && rows[0].n)}, 95% intervals${full && across === "budget" ? "; dashed: the full cache" : ""}`, traces, {
+  draw(id, `${table.name}: ${table.metric}${table.lower_is_better ? " (less is better)" : ""}, n = ${number(rows[0] && rows[0].n)}, 95% intervals${dashed ? "; dashed: the full cache" : ""}`, traces, {
     height: 420, yaxis: axis(table.metric), xaxis: axis(words, { type: "log", ...(across === "budget" ? { tickvals: ticks, ticktext: ticks.map(String) } : {}) }),
-    shapes: full && across === "budget" && !table.lower_is_better ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: full.mean, y1: full.mean, line: { dash: "dash", color: GREY } }] : [],
+    shapes: dashed ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: full.mean, y1: full.mean, line: { dash: "dash", color: GREY } }] : [],
   });
 };
 const BARS = { // figure of a cell -> what it is, and how it is shown
   nbytes: ["MB of keys and values held", (row) => row.nbytes / 1e6],
-  compress_seconds: ["seconds to choose and gather what stays, of one prompt", (row) => row.compress_seconds],
+  compress_seconds: ["Seconds to choose and gather what stays, of one prompt", (row) => row.compress_seconds],
 };
 const drawCells = (box, table, key) => {
   const [words, of] = BARS[key], rows = list(table.rows).filter((row) => isNumber(row[key]));
