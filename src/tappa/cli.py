@@ -28,9 +28,10 @@ from tappa.display import render_methods, render_plan, render_written, show
 from tappa.errors import EvaluationError, MissingExtraError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.report.content import content_of
+from tappa.report.looking import TEXTS, look
 from tappa.report.page import write_report
 from tappa.report.prints import figures
-from tappa.report.views import TOKENS, Views, look
+from tappa.report.views import FILE, save_views
 from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
 
 ModelArgument = Annotated[
@@ -43,7 +44,6 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 
-VIEWS = "views.npz"  # what a report shows of a text, beside analysis.json
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -80,6 +80,9 @@ def analyze(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html into the folder too.")
     ] = True,
+    shown: Annotated[
+        int, typer.Option("--shown-texts", min=1, help="Texts whose maps the report shows.")
+    ] = TEXTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -98,6 +101,7 @@ def analyze(
       tappa analyze ./my-model --json | jq '.agreement'
     """
     texts = [read_text(path) for path in text] if text else [packaged_text()]
+    titles = [path.name for path in text] if text else ["Pride and Prejudice"]
     if out is not None:
         check_writable_folder(out)
     errors = Console(stderr=True)
@@ -119,13 +123,13 @@ def analyze(
         written.append(write_atomic(out / "heads.csv", table))
     if out is not None and report:
         with errors.status("drawing the report"):
-            views = look(
-                loaded.model, loaded.tokenizer, texts[0], tokens=min(tokens or TOKENS, TOKENS)
-            )
-            written.append(views.save(out / VIEWS))
+            views = [
+                look(loaded.model, loaded.tokenizer, content, title=title, tokens=tokens)
+                for title, content in list(zip(titles, texts, strict=True))[:shown]
+            ]
+            written.append(save_views(out / FILE, views))
             try:
-                page = write_report(out / "report.html", [out / "analysis.json"], views=views)
-                written.append(page)
+                written.append(write_report(out / "report.html", [out / "analysis.json"]))
             except MissingExtraError as error:
                 warnings.warn(str(error), stacklevel=1)
     if as_json:
@@ -150,7 +154,7 @@ def report_command(
 ) -> None:
     """One page of all heads: atlas, head cards, text, results; opens without a network.
 
-    Attention maps and text come from views.npz beside the first analysis. Needs the extra
+    Attention maps and texts come from views.npz beside each analysis. Needs the extra
     tappa[report].
 
     Examples:
@@ -160,7 +164,7 @@ def report_command(
       tappa report before/analysis.json after/analysis.json --results results -o both.html
     """
     check_writable_folder(out.absolute().parent)
-    write_report(out, analyses, results=results, views=_views_beside(analyses[0]))
+    write_report(out, analyses, results)
     typer.echo(f"wrote {out}")
 
 
@@ -185,16 +189,11 @@ def figures_command(
       tappa figures smollm2/analysis.json -o figures
       tappa figures smollm2/analysis.json --results results --format pdf
     """
-    content = content_of([analysis], results, _views_beside(analysis))
+    content = content_of([analysis], results)
     pictures = figures(content, kind)
     ensure_folder(out)
     for name, picture in pictures.items():
         typer.echo(f"wrote {write_atomic(out / name, picture)}")
-
-
-def _views_beside(analysis: Path) -> Views | None:
-    path = analysis.with_name(VIEWS)
-    return Views.load(path) if path.is_file() else None
 
 
 @app.command()

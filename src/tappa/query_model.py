@@ -7,6 +7,7 @@ to the real keys, and measures how much of the attention persists. A head whose 
 on which query meets which key (retrieval) behaves otherwise; that gap is what agreement measures.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,32 @@ def mean_change(
     return rotary.by_channel(torch.stack(changes))
 
 
+def expected_rows(
+    view: LayerView,
+    queries: Float[Tensor, "heads steps dim"],
+    rows: Int[Tensor, "heads rows"],
+    steps: Sequence[Int[Tensor, " heads"]],
+) -> Iterator[Float[Tensor, "heads rows past"]]:
+    """Attention of the model's queries at some rows, then u rows later for every u of `steps`.
+
+    A u holds a number for each head. `queries` are the real ones before RoPE.
+    """
+    model = QueryModel.of(view.rotary, queries)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1 + len(steps), *rows.shape, queries.shape[-1])
+    noise = torch.randn(shape, generator=generator).to(queries)
+
+    def attend(at: Int[Tensor, "heads rows"], noise: Tensor) -> Tensor:
+        positions = at + view.query_start
+        drawn = model.draw(positions, noise)
+        return attention_rows(drawn, positions, view.keys, view.attention, view.key_start)
+
+    yield attend(rows, noise[0])
+    for u, fresh in zip(steps, noise[1:], strict=True):
+        same = model.correlation(mean_change(view.rotary, queries, u))
+        yield attend(rows + u[:, None], same * noise[0] + (1 - same.square()).sqrt() * fresh)
+
+
 def expected_persistence(
     view: LayerView,
     queries: Float[Tensor, "heads steps dim"],
@@ -71,22 +98,8 @@ def expected_persistence(
     """What the model expects, summed over some rows: persistence under the shifts (1, 0), (1, 1),
     (L, L), (L, 0), and attention on the first tokens. `queries` are the real ones before RoPE.
     """
-    model = QueryModel.of(view.rotary, queries)
-    generator = torch.Generator().manual_seed(0)
-    shape = (3, *rows.shape, queries.shape[-1])
-    noise = torch.randn(shape, generator=generator).to(queries)
-
-    def attend(u: Int[Tensor, " heads"], fresh: Tensor | None) -> Tensor:
-        mixed = noise[0]
-        if fresh is not None:
-            same = model.correlation(mean_change(view.rotary, queries, u))
-            mixed = same * noise[0] + (1 - same.square()).sqrt() * fresh
-        positions = rows + view.query_start + u[:, None]
-        drawn = model.draw(positions, mixed)
-        return attention_rows(drawn, positions, view.keys, view.attention, view.key_start)
-
-    now = attend(0 * season, None)
-    step, later = attend(torch.ones_like(season), noise[1]), attend(season, noise[2])
+    steps = [torch.ones_like(season), season]
+    now, step, later = expected_rows(view, queries, rows, steps)
     per_head = [
         torch.stack(
             [

@@ -24,7 +24,7 @@ from tappa.evaluation.samples import TextSample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
 from tappa.evaluation.statistics import paired_difference
 from tappa.evaluation.suites import Source, check_names, samples_of
-from tappa.evaluation.tables import read_samples, tables_of, to_markdown
+from tappa.evaluation.tables import memory_markdown, read_samples, tables_of, to_markdown
 from tappa.models import LoadedModel
 from tappa.texts import packaged_text
 
@@ -50,7 +50,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def without_times(content: bytes) -> dict[str, Any]:
     record = json.loads(content)
-    return record | {"prefill_seconds": 0, "cells_seconds": 0}
+    answers = [answer | {"compress_seconds": 0} for answer in record["answers"]]
+    return record | {"prefill_seconds": 0, "cells_seconds": 0, "answers": answers}
 
 
 # ---- cells and prompts
@@ -102,6 +103,29 @@ def test_a_prompt_is_read_once(lm: GridLM, tmp_path: Path) -> None:
     assert (outcome.answered, outcome.found, outcome.cells) == (2, 0, 7)
     assert outcome.seconds_saved == pytest.approx(6 * outcome.prefill_seconds)
     assert "read once for 7 cells" in describe_outcome(outcome)
+
+
+def test_the_time_to_compress_is_kept_where_it_is_known(lm: GridLM, tmp_path: Path) -> None:
+    run_grid(lm, text_samples(lm, 2), CELLS, tmp_path)
+    frame = read_samples(tmp_path)
+    assert (frame["compress_seconds"] > 0).all()
+    of_budgets = frame[frame["method"] == "snapkv"].groupby(["number"])["compress_seconds"]
+    assert (of_budgets.nunique() == 1).all()  # shared evenly: two budgets take as long
+    table = tables_of(frame, "full")[0]
+    mine = frame[(frame["method"] == "h2o") & (frame["budget"] == 40) & (frame["order"] == 0)]
+    row = next(row for row in table.rows if (row.method, row.budget) == ("h2o", 40))
+    assert row.compress_seconds == pytest.approx(mine["compress_seconds"].mean())
+    assert f"{row.compress_seconds:.3f} |" in memory_markdown(frame)
+    path = next((tmp_path / "samples").glob("*/00001.json"))
+    older = json.loads(path.read_text())
+    for answer in older["answers"]:
+        del answer["compress_seconds"]
+    path.write_text(json.dumps(older))
+    outcome = run_grid(lm, text_samples(lm, 2), CELLS, tmp_path)  # is still resumed
+    assert (outcome.answered, outcome.found) == (0, 2)
+    frame = read_samples(tmp_path)
+    assert all(row.compress_seconds is None for row in tables_of(frame, "full")[0].rows)
+    assert "|  |\n" in memory_markdown(frame)
 
 
 def test_the_grid_scores_as_lm_eval_does(lm: GridLM, smollm2: LoadedModel, tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tappa
+from result_files import FILES, HOSTILE, changed, leave
+from tappa.report.looking import look
 from tappa.report.page import write_report
-from tappa.report.views import look
+from tappa.report.views import FILE, save_views
 from tiny import tiny_model, tiny_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. " * 9
-HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>'
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("playwright") is None,
@@ -43,9 +46,11 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = json.loads(found.save(folder / "analysis.json").read_text())
     raw["model"]["name"] = HOSTILE
     (folder / "analysis.json").write_text(json.dumps(raw))
-    views = look(model, tokenizer, HOSTILE + TEXT, tokens=200)
+    views = look(model, tokenizer, HOSTILE + TEXT, title=HOSTILE, tokens=200)
     views.tokens[1] = HOSTILE
-    return write_report(folder / "report.html", [folder / "analysis.json"], views=views)
+    other = look(model, tokenizer, TEXT[20:], title="another", tokens=90)
+    save_views(folder / FILE, [views, other])
+    return write_report(folder / "report.html", [folder / "analysis.json"])
 
 
 def opened(browser: Any, file: Path, width: int = 1280) -> tuple[Any, list[str]]:
@@ -54,26 +59,35 @@ def opened(browser: Any, file: Path, width: int = 1280) -> tuple[Any, list[str]]
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("dialog", lambda dialog: errors.append(dialog.message))
     page.goto(f"file://{file}")
-    page.wait_for_selector("html[data-ready]", timeout=60_000)
+    page.wait_for_selector("html[data-ready=all]", timeout=60_000)
     return page, errors
+
+
+def click_head(page: Any, across: float, down: float) -> None:
+    """Click the atlas at shares of its width and height."""
+    cells = page.locator("#atlas .nsewdrag")
+    box = cells.bounding_box()
+    cells.click(position={"x": box["width"] * across, "y": box["height"] * down})
 
 
 @pytest.mark.parametrize("width", [1280, 380])
 def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     page, errors = opened(browser, page_file, width)
     assert page.inner_text("#title") == HOSTILE
-    assert page.is_hidden("#card")
-    cell = page.locator("#atlas .nsewdrag").bounding_box()  # two layers of six heads
-    page.mouse.click(cell["x"] + cell["width"] * 2.5 / 6, cell["y"] + cell["height"] * 0.75)
-    page.wait_for_selector("#card:not([hidden])")
-    assert page.inner_text("#card-title").startswith("L1 H2")
+    assert page.is_visible("#card")  # of a head that is worth a look
+    click_head(page, 2.5 / 6, 0.75)  # of two layers of six heads
+    page.locator("#card-title", has_text="L1 H2").wait_for()
     assert page.is_visible("#map")
+    curves = page.evaluate("document.getElementById('persistence').data.map(x => x.y.length)")
+    assert curves == [6] * 4  # 1, 2, 4, ..., 32 of 200 tokens; observed and expected
+    page.hover("#map", position={"x": 10, "y": 100})
+    assert re.fullmatch(r"query \d+ .* → key \d+ .*, \d+ back", page.inner_text("#map-hint"))
     page.focus("#atlas")
     page.keyboard.press("ArrowRight")
     assert page.inner_text("#card-title").startswith("L1 H3")
     assert page.evaluate("location.hash") == "#L1H3"
     page.select_option("#colour", "disagree")
-    assert "labels disagree" in page.text_content("#atlas .gtitle")
+    assert "labels disagree" in page.inner_text("figure:has(#atlas) figcaption")
     letters = page.locator("#atlas .heatmap-label").all_text_contents()
     assert len(letters) == 12
     assert set(letters) <= set("RSPL·")
@@ -82,7 +96,7 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     assert sum(map(sum, kept)) == 2 * 6 * 50  # 50 in each KV head, which two of six heads read
     page.fill("#find", "L0 H5")
     assert page.inner_text("#card-title").startswith("L0 H5")
-    assert page.inner_text("#list .hint") == "1 heads"
+    assert page.inner_text("#list .hint") == "1 head"
     page.fill("#find", "")
     page.select_option("#sort", "q_similarity")
     assert page.locator("#list button").count() == 12
@@ -94,6 +108,136 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     budgets = page.evaluate("document.getElementById('budgets').data.map(x => [x.name, x.y])")
     assert {name: sum(y) for name, y in budgets}["snapkv"] == 2 * 50  # layers, a quarter of 200
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert errors == []
+
+
+def needle(page: Any) -> list[int]:
+    """The tokens that are chosen."""
+    spans = page.locator("#tokens span.needle")
+    return [int(x) for x in spans.evaluate_all("all => all.map(x => x.dataset.token)")]
+
+
+def test_a_needle_is_chosen_by_phrase_mouse_and_keys(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, page_file)
+    assert page.locator("#tokens span.needle").count() == 8  # where methods differ most
+    with np.load(page_file.parent / FILE) as file:
+        kept, tokens = file["0.kept"], [str(x) for x in file["0.tokens"]]
+        methods = [str(x) for x in file["0.methods"]]
+    page.fill("#phrase", "SINGLE MAN")
+    first = next(i for i in range(len(tokens)) if "".join(tokens[i:]).startswith("single man"))
+    last = next(i for i in range(len(tokens)) if "".join(tokens[first : i + 1]) == "single man")
+    assert needle(page) == list(range(first, last + 1))
+    shares = kept[..., first : last + 1].mean((2, 3))
+    drawn = page.evaluate("document.getElementById('needle-methods').data.map(x => x.y)")
+    assert np.allclose(np.array(drawn).T, shares)
+    page.select_option("#method", "snapkv")
+    page.select_option("#budget", index=0)
+    words = page.inner_text("#needle-words")
+    assert f"snapkv at 40 tokens a head: {shares[methods.index('snapkv'), 0]:.0%} of it" in words
+    heads = page.evaluate("document.getElementById('needle-heads').data[0].z")
+    mine = kept[methods.index("snapkv"), 0, :, first : last + 1].mean(-1).reshape(2, 3)
+    assert np.allclose(np.array(heads), mine.T)  # KV heads by layers
+    places = [i for i, token in enumerate(tokens) if "t" in token.lower()]
+    page.fill("#phrase", "T")
+    for place in [*places, places[0]]:  # the next one, and round again
+        assert needle(page) == [place]
+        page.press("#phrase", "Enter")
+    page.fill("#phrase", "not there")
+    assert page.inner_text("#phrase-hint") == "not in this text"
+    page.click("#tokens span[data-token='70']")
+    page.click("#tokens span[data-token='73']", modifiers=["Shift"])
+    assert page.locator("#tokens span.needle").count() == 4
+    page.focus("#tokens span[data-token='73']")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+    assert needle(page) == [74, 75, 76]
+    assert errors == []
+
+
+def test_another_text_is_shown(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, page_file)
+    assert page.locator("#text option").all_text_contents() == [HOSTILE, "another"]
+    page.select_option("#text", "1")
+    page.locator("#map-hint", has_text="90 tokens of another").wait_for()
+    assert page.locator("#tokens span").count() == 90
+    assert errors == []
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_results_and_comparisons_are_shown(
+    browser: Any, page_file: Path, tmp_path: Path, width: int, hostile: bool
+) -> None:
+    raw = json.loads((page_file.parent / "analysis.json").read_text())
+    after = raw | {"heads": [head for head in raw["heads"] if head["layer"] == 0]}
+    after |= {"statistics": raw["statistics"][:1], "model": {"name": HOSTILE if hostile else "x"}}
+    (tmp_path / "after.json").write_text(json.dumps(after))
+    files = {name: changed(x, str, HOSTILE) if hostile else x for name, x in FILES.items()}
+    results = leave(tmp_path / "results", files)
+    analyses = [page_file.parent / "analysis.json", tmp_path / "after.json"]
+    page, errors = opened(browser, write_report(tmp_path / "r.html", analyses, results), width)
+    assert page.text_content("#notes") is not None
+    assert "cannot be shown" not in str(page.text_content("#notes"))
+    words = page.inner_text("#compare-words")
+    assert words == "6 heads exist in both; 6 keep their label."  # layer 1 was removed
+    differences = page.evaluate("document.getElementById('difference').data[0].z")
+    assert differences == [[0] * 6, [None] * 6]
+    assert page.is_visible("#needs")
+    for part in ("results", "theory"):
+        assert page.is_visible(f"#{part}-part")
+        assert page.locator(f"#{part}-part .main-svg").count() >= 5
+    if not hostile:
+        captions = " ".join(page.locator("#results-part figcaption").all_inner_texts())
+        for what in ("MB of keys and values", "Seconds to choose", "Tokens written a second"):
+            assert what in captions
+        page.locator("#results select").nth(1).select_option("nbytes")
+        drawn = page.locator("#results .plot").first.evaluate("x => x.data.map(y => [y.name, y.x])")
+        assert ["tappa", [0.064, 0.128]] in drawn
+        assert "within 1%" in page.inner_text("#theory-part")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("img").count() == 0
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(float, None), (float, "many"), (list, {}), (list, None), (dict, 7)]
+)
+def test_results_that_hold_other_things_do_not_stop_the_page(
+    browser: Any, page_file: Path, tmp_path: Path, kind: type, value: Any
+) -> None:
+    files = {
+        name: {key: changed_inside(x, kind, value) for key, x in content.items()}
+        for name, content in FILES.items()
+    }
+    results = leave(tmp_path / "results", files)
+    analysis = page_file.parent / "analysis.json"
+    page, errors = opened(browser, write_report(tmp_path / "r.html", [analysis], results))
+    page.fill("#find", "L1 H5")
+    assert page.inner_text("#card-title").startswith("L1 H5")
+    assert errors == []
+
+
+def changed_inside(content: Any, kind: type, value: Any) -> Any:
+    """Lists and dictionaries too, which `changed` walks through."""
+    return value if type(content) is kind else changed(content, kind, value)
+
+
+def test_a_long_prompt_and_an_old_file_open(browser: Any, page_file: Path, tmp_path: Path) -> None:
+    raw = json.loads((page_file.parent / "analysis.json").read_text())
+    old = raw | {"schema": "tappa.analysis/0", "prompts": [131_072], "statistics": None}
+    old["heads"] = [
+        {key: head[key] for key in ("layer", "head", "q_similarity")} for head in raw["heads"]
+    ]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    page, errors = opened(browser, write_report(tmp_path / "old.html", [tmp_path / "old.json"]))
+    assert "131,072 tokens in 1 prompt" in page.inner_text("#summary")
+    page.fill("#find", "L1 H3")
+    assert page.inner_text("#card-title") == "L1 H3: ?"
+    notes = str(page.text_content("#notes"))
+    for words in ("tappa.analysis/0", "lacks", "no lag profiles", "no attention maps"):
+        assert words in notes
+    assert page.is_hidden("#text-part")
     assert errors == []
 
 
@@ -117,10 +261,8 @@ def test_a_thousand_heads_react(browser: Any, page_file: Path) -> None:
     file.write_text(json.dumps(raw | {"heads": heads, "statistics": layers}))
     page, errors = opened(browser, write_report(page_file.parent / "large.html", [file]))
     assert page.inner_text("#list .hint") == "1024 heads"
-    cell = page.locator("#atlas .nsewdrag").bounding_box()
-    page.mouse.click(cell["x"] + cell["width"] * 16.5 / 32, cell["y"] + cell["height"] * 16.5 / 32)
-    page.wait_for_selector("#card:not([hidden])", timeout=10_000)
-    assert page.inner_text("#card-title").startswith("L16 H16")
+    click_head(page, 16.5 / 32, 16.5 / 32)
+    page.locator("#card-title", has_text="L16 H16").wait_for(timeout=10_000)
     assert errors == []
 
 

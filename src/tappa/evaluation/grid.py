@@ -20,7 +20,7 @@ import torch
 import tappa
 from tappa.errors import EvaluationError
 from tappa.evaluation.samples import Sample, answer
-from tappa.evaluation.shared_prefill import Cell, GridLM
+from tappa.evaluation.shared_prefill import Cell, GridLM, Held
 from tappa.files import digest_of, ensure_folder, write_atomic
 
 SCHEMA = 1
@@ -135,7 +135,7 @@ def _answer(lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]) -> lis
         ) from error
     prefill = lm.prefill_seconds - before
     rest = time.perf_counter() - start - prefill
-    sizes = lm.sizes
+    held = lm.held
     lm.forget()
     return [
         {
@@ -147,7 +147,7 @@ def _answer(lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]) -> lis
             "prefill_seconds": round(prefill / len(samples), 4),
             "cells_seconds": round(rest / len(samples), 4),
             "answers": [
-                asdict(cell) | one | _size(sizes.get(cell, []))
+                asdict(cell) | one | _means(held.get(cell, []))
                 for cell, one in zip(cells, answers, strict=True)
             ],
         }
@@ -155,11 +155,16 @@ def _answer(lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]) -> lis
     ]
 
 
-def _size(caches: list[tuple[float, int]]) -> dict[str, float]:
-    """Mean over the prompts of a sample."""
-    count = max(len(caches), 1)
-    held, nbytes = sum(held for held, _ in caches), sum(nbytes for _, nbytes in caches)
-    return {"tokens_held": round(held / count, 3), "nbytes": round(nbytes / count)}
+def _means(caches: list[Held]) -> dict[str, float]:
+    """Means over the prompts of a sample."""
+    held, nbytes, seconds = (
+        sum(values) / max(len(caches), 1) for values in zip(*caches or [Held(0, 0, 0)], strict=True)
+    )
+    return {
+        "tokens_held": round(held, 3),
+        "nbytes": round(nbytes),
+        "compress_seconds": round(seconds, 5),
+    }
 
 
 def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> None:

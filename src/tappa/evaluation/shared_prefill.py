@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -30,6 +30,18 @@ class Cell:
 
     method: str
     budget: Budget
+
+
+class Held(NamedTuple):
+    """What a cache held before it answered, and the time that making it took.
+
+    `compress_seconds` is a cell's even share of the time in which its method scored the tokens of a
+    prompt that was read, and gathered what stays, for all budgets at once.
+    """
+
+    tokens_held: float
+    nbytes: int
+    compress_seconds: float
 
 
 def cells_of(methods: Sequence[str], budgets: Sequence[int | float]) -> list[Cell]:
@@ -62,16 +74,16 @@ class GridLM(TappaLM):
         self.cells: list[Cell] = [Cell("full", None)]  # of the whole grid
         self.now = self.cells  # those that answer next
         self.prefill_seconds, self.prefills = 0.0, 0
-        self.sizes: dict[Cell, list[tuple[float, int]]] = {}  # tokens held, bytes, of each cache
+        self.held: dict[Cell, list[Held]] = {}  # of each cache that was made
         self._recordings: dict[tuple[int, ...], Recording] = {}
-        self._made: dict[tuple[tuple[int, ...], Cell], CompressedCache] = {}
+        self._made: dict[tuple[tuple[int, ...], Cell], tuple[CompressedCache, float]] = {}
 
     def forget(self) -> None:
         """Let go of all prompts."""
         self._encoded.clear()
         self._recordings.clear()
         self._made.clear()
-        self.sizes = {}
+        self.held = {}
 
     def answering(self, cells: Sequence[Cell], prompts: int = 1) -> None:
         """These cells answer next, together, so many prompts in a batch."""
@@ -113,10 +125,10 @@ class GridLM(TappaLM):
     def recording(self, tokens: tuple[int, ...]) -> Recording:
         """A prompt without its last token, read at the first call."""
         if tokens not in self._recordings:
-            start = time.perf_counter()
+            start = self._now()
             ids = torch.tensor([tokens[:-1]], device=self.device)
             self._recordings[tokens] = tappa.record(self.model, ids)
-            self.prefill_seconds += time.perf_counter() - start
+            self.prefill_seconds += self._now() - start
             self.prefills += 1
         return self._recordings[tokens]
 
@@ -126,9 +138,18 @@ class GridLM(TappaLM):
             siblings = [other for other in self.cells if other.method == cell.method] or [cell]
             name, options = parse_method(cell.method)
             budgets = [other.budget for other in siblings]
-            caches = self.recording(tokens).compress(name, budgets, **options)
+            recording = self.recording(tokens)
+            start = self._now()
+            caches = recording.compress(name, budgets, **options)
+            seconds = (self._now() - start) / len(siblings)
             for other, cache in zip(siblings, caches, strict=True):
-                self._made[tokens, other] = cache
-        cache = self._made.pop((tokens, cell))
-        self.sizes.setdefault(cell, []).append((cache.tokens_held(), cache.nbytes))
+                self._made[tokens, other] = cache, seconds
+        cache, seconds = self._made.pop((tokens, cell))
+        self.held.setdefault(cell, []).append(Held(cache.tokens_held(), cache.nbytes, seconds))
         return cache
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

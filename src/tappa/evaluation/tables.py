@@ -38,6 +38,7 @@ class Row:
     high: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    compress_seconds: float | None = None  # as in `Held`; not in files of before
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ def read_samples(folder: Path) -> pd.DataFrame:
         for answer in record["answers"]:
             shared = {key: record[key] for key in ("suite", "task", "number", "digest")}
             shared |= {k: answer[k] for k in ("method", "budget", "tokens_held", "nbytes")}
+            shared["compress_seconds"] = answer.get("compress_seconds")
             for order, (metric, value) in enumerate(answer["scores"].items()):
                 lines.append(shared | {"metric": metric, "order": order, "value": value})
     if not lines:
         raise EvaluationError(f"no finished sample in {folder}")
     frame = pd.DataFrame(lines)
-    frame["budget"] = frame["budget"].astype(float)  # None becomes NaN
+    for name in ("budget", "compress_seconds"):
+        frame[name] = frame[name].astype(float)  # None becomes NaN
     return frame
 
 
@@ -109,6 +112,7 @@ def _table(name: str, tasks: list[pd.DataFrame], baseline: str, seed: int) -> Ta
             mean.error,
             float(at["tokens_held"].mean()),
             float(at["nbytes"].mean()),
+            compress_seconds=_seconds(at),
         )
         rows.append(_compared(row, mine, tasks, baseline, seed))
     corrected = iter(holm([row.p for row in rows if row.p is not None]))
@@ -131,6 +135,12 @@ def _compared(
     else:
         found = paired_difference(mine[0], theirs[0], seed)
     return replace(row, difference=found.mean, low=found.low, high=found.high, p=found.p)
+
+
+def _seconds(frame: pd.DataFrame) -> float | None:
+    if "compress_seconds" not in frame or frame["compress_seconds"].isna().any():
+        return None
+    return float(frame["compress_seconds"].mean())
 
 
 def _cells(frame: pd.DataFrame) -> Iterator[tuple[str, float | None]]:
@@ -203,14 +213,17 @@ def _cell(row: Row | None) -> str:
 
 
 def memory_markdown(samples: pd.DataFrame) -> str:
-    """What every method and budget held: tokens for each layer and KV head, and bytes."""
+    """What every cell held, tokens for each layer and KV head and bytes, and its time (`Held`)."""
     once = samples[samples["order"] == 0]
-    lines = ["### Memory", "", "| method | budget | tokens held | KV MB |", "|---|---|---|---|"]
+    head = "| method | budget | tokens held | KV MB | seconds to compress |"
+    lines = ["### Memory and time", "", head, "|---" * 5 + "|"]
     for method, budget in _cells(once):
         at = _select(once, method, budget)
         size = "" if budget is None else f"{budget:g}"
         held, megabytes = at["tokens_held"].mean(), at["nbytes"].mean() / 1e6
-        lines.append(f"| {method} | {size} | {held:.1f} | {megabytes:.2f} |")
+        seconds = _seconds(at)
+        time = "" if seconds is None else f"{seconds:.3f}"
+        lines.append(f"| {method} | {size} | {held:.1f} | {megabytes:.2f} | {time} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,5 @@
 """From files of analyses and results to what a report page holds, with notes on what is missing."""
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from tappa.analysis import SCHEMA
 from tappa.errors import ReportError
 from tappa.files import finite
 from tappa.patterns import LABELS, explain
-from tappa.report.views import STRETCH, Views
+from tappa.report.views import CURVES, FILE, load_views
+from tappa.verification.bounds import NAMES
 
 LAGS = 160  # distances of a lag profile that are shown
 DIGITS = 4  # significant, of every number
@@ -44,36 +44,34 @@ FIGURES = {
     "bound_violations": "bound violations",
 }
 TIGHTNESS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "residual")
-RESULTS = ("results.json", "pruning.json", "verification.json")
+RESULTS = ("results.json", "pruning.json", "verification.json", "generation.json")
 
 
-def content_of(
-    analyses: Sequence[str | Path],
-    results: str | Path | None = None,
-    views: Views | None = None,
-) -> dict[str, Any]:
-    """What the page shows, ready for JSON. Views belong to the first analysis.
+def content_of(analyses: Sequence[str | Path], results: str | Path | None = None) -> dict[str, Any]:
+    """What the page shows, ready for JSON; `texts` of views.npz beside each analysis, first ones
+    first.
 
     Files are read leniently: what is missing in one is a note on the page. Raises ReportError for a
     file that is no Analysis at all, and for a folder of results that does not exist.
     """
     notes: list[str] = []
-    shown = [analysis_content(Path(path), notes) for path in analyses]
+    paths = [Path(path) for path in analyses]
+    shown = [analysis_content(path, notes) for path in paths]
     found = results_content(Path(results), notes) if results is not None else {}
-    if views is None:
-        notes.append("no attention maps and no text: tappa analyze --out keeps them (views.npz)")
-    elif not views.methods:
-        notes.append("no tokens that methods keep: too short a text, or a cache of another kind")
+    for analysis, origin in zip(shown, origins(shown, found), strict=True):
+        analysis["origin"] = origin
+    texts = texts_content(paths, shown, notes)
     content = {
         "labels": list(LABELS),
         "figures": FIGURES,
         "tightness": list(TIGHTNESS),
+        "bounds": NAMES,
+        "curves": list(CURVES),
         "analyses": shown,
-        "views": None if views is None else views_content(views),
         "results": found,
         "notes": notes,
     }
-    return dict(finite(rounded(content)))
+    return dict(finite(rounded(content))) | {"texts": texts}
 
 
 def analysis_content(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -88,22 +86,25 @@ def analysis_content(path: Path, notes: list[str]) -> dict[str, Any]:
         raise ReportError(f"expected an Analysis of tappa, {path} has schema {schema!r}")
     if schema != SCHEMA:
         notes.append(f"{path.name} has schema {schema}: some figures may be missing")
-    heads = [_head(head) for head in raw.get("heads") or [] if isinstance(head, dict)]
+    given = _list(raw.get("heads"))
+    placed = [head for head in given if isinstance(head, dict) and _has_place(head)]
+    heads = [_head(head) for head in placed]
     if not heads:
         notes.append(f"{path.name} has no heads")
-    missing = [name for name in FIGURES if heads and all(h[name] is None for h in heads)]
-    wanted = [name for name in missing if heads and name not in (raw["heads"][0] or {})]
+    elif len(heads) < len(given):
+        notes.append(f"{path.name}: {len(given) - len(heads)} heads without layer and number")
+    wanted = [name for name in FIGURES if heads and all(name not in head for head in placed)]
     if wanted:
         notes.append(f"{path.name} lacks {', '.join(wanted)}")
     model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
     content = {
-        "title": str(model.get("name", path.stem)),
-        "file": path.name,
+        "title": _model_name(model.get("name", path.stem)),
+        "file": f"{path.absolute().parent.name}/{path.name}",
         "model": model,
-        "prompts": raw.get("prompts") or [],
+        "prompts": [x for x in _list(raw.get("prompts")) if isinstance(x, int)],
         "bounds_checked": raw.get("bounds_checked"),
         "bound_violations": raw.get("bound_violations"),
-        "agreement": raw.get("agreement") or {},
+        "agreement": raw.get("agreement") if isinstance(raw.get("agreement"), dict) else {},
         "heads": heads,
     }
     try:
@@ -114,6 +115,19 @@ def analysis_content(path: Path, notes: list[str]) -> dict[str, Any]:
         profiles = {}
         notes.append(f"{path.name} has no lag profiles and no energies of channels")
     return content | profiles
+
+
+def _model_name(name: Any) -> str:
+    """Of what lies on a disk the name alone: paths tell of people."""
+    return Path(str(name)).name if Path(str(name)).is_absolute() else str(name)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _has_place(head: dict[str, Any]) -> bool:
+    return all(isinstance(head.get(key), int) and head[key] >= 0 for key in ("layer", "head"))
 
 
 def _head(raw: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +158,68 @@ def _profiles(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def texts_content(
+    paths: Sequence[Path], shown: Sequence[dict[str, Any]], notes: list[str]
+) -> list[dict[str, Any]]:
+    """The texts of views.npz beside every analysis: first ones of all, then second ones."""
+    found = []
+    for place, (path, analysis) in enumerate(zip(paths, shown, strict=True)):
+        file = path.with_name(FILE)
+        if not file.is_file():
+            notes.append(
+                f"{path.name}: no attention maps and no text, which tappa analyze --out keeps "
+                f"({FILE})"
+            )
+            continue
+        try:
+            views = load_views(file)
+        except ReportError as error:
+            notes.append(f"{str(error).replace(str(file), FILE)}: run tappa analyze again")
+            continue
+        for number, view in enumerate(views):
+            if len(view.maps) != len(analysis["heads"]):
+                notes.append(f"{path.name}: {FILE} has {len(view.maps)} heads, not shown")
+                break
+            if not view.methods:
+                notes.append(
+                    f"{view.title}: no tokens that methods keep: too short a text, or a cache of "
+                    "another kind"
+                )
+            found.append((number, {"analysis": place} | view.content()))
+    return [content for _, content in sorted(found, key=lambda pair: pair[0])]
+
+
+def origins(
+    analyses: Sequence[dict[str, Any]], results: dict[str, list[Any]]
+) -> list[list[int] | None]:
+    """Which layer of the first analysis each layer of the others was, before layers were removed.
+
+    From the pruning.json whose numbers of layers fit; None where layers cannot be matched.
+    """
+    layers = [_layers(analysis) for analysis in analyses]
+    found: list[list[int] | None] = []
+    for count in layers:
+        kept = [
+            sorted(set(range(layers[0])) - removed)
+            for removed in map(_removed, results.get("pruning.json", []))
+        ]
+        fits = [x for x in [list(range(layers[0])), *kept] if len(x) == count]
+        found.append(fits[0] if fits else None)
+    return found
+
+
+def _layers(analysis: dict[str, Any]) -> int:
+    return max((head["layer"] for head in analysis["heads"]), default=-1) + 1
+
+
+def _removed(result: dict[str, Any]) -> set[int]:
+    plan = result["content"].get("plan")
+    layers = _list(plan.get("layers")) if isinstance(plan, dict) else []
+    return {layer for layer in layers if isinstance(layer, int)}
+
+
 def results_content(folder: Path, notes: list[str]) -> dict[str, list[Any]]:
-    """Every results.json, pruning.json and verification.json below a folder."""
+    """Every file of RESULTS below a folder: a list for each name."""
     if not folder.is_dir():
         raise ReportError(f"expected a folder of results, got {folder}, which is none")
     found: dict[str, list[Any]] = {name: [] for name in RESULTS}
@@ -154,33 +228,15 @@ def results_content(folder: Path, notes: list[str]) -> dict[str, list[Any]]:
             continue
         name = str(path.parent.relative_to(folder.parent))
         try:
-            found[path.name].append({"name": name, "content": json.loads(path.read_text("utf-8"))})
+            content = json.loads(path.read_text("utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("expected an object")
+            found[path.name].append({"name": name, "content": content})
         except (OSError, ValueError, RecursionError):
             notes.append(f"{name}/{path.name} cannot be read")
     if not any(found.values()):
         notes.append(f"no {', '.join(RESULTS)} below {folder.name}")
     return found
-
-
-def views_content(views: Views) -> dict[str, Any]:
-    """Arrays as base64, row by row."""
-    return {
-        "tokens": views.tokens,
-        "methods": views.methods,
-        "budget": views.budget,
-        "size": int(views.maps.shape[1]),
-        "stretch": STRETCH,
-        "top": int(views.keys.shape[2]),
-        "maps": _base64(views.maps.astype(np.uint8)),
-        "keys": _base64(views.keys.astype("<u2")),
-        "weights": _base64(views.weights.astype(np.uint8)),
-        "kept": _base64(np.packbits(views.kept.astype(np.uint8), axis=-1)),
-        "kv_heads": int(views.kept.shape[1]),
-    }
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
 
 
 def rounded(x: Any) -> Any:

@@ -1,160 +1,117 @@
-"""What a head looks like on one text: small maps, the keys of each query, what methods keep."""
+"""What a report shows of a text, as every head sees it: kept in views.npz beside an Analysis."""
 
+import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Shaped
 
-from tappa.attention_profile import Attention
-from tappa.capture import LayerView, prefill
-from tappa.compression import record
-from tappa.errors import CompressionError, ReportError
+from tappa.errors import ReportError
 from tappa.files import write_atomic
-from tappa.texts import encode_texts
 
-TOKENS = 512  # of the text that is shown
-TOP = 3  # keys that are remembered of each query
-MAX_SIZE = 256  # pixels of a map, less where there are many heads
-PIXELS = 1_200_000  # of all maps of a model
+FILE = "views.npz"
+SCHEMA = "tappa.views/2"
 STRETCH = 1000.0  # of the logarithmic scale: weights below 1 / 1000 of the largest look like none
-BLOCK = 128  # rows at a time
-BUDGET = 0.25  # of the tokens, in what methods keep
-METHODS = ("streaming_llm", "h2o", "snapkv", "pyramidkv", "cake", "tappa")
+LEVELS = 63  # brightest level of a map: as many as an eye can tell apart, and small in a file
+CURVES = ("vertical", "diagonal", "expected_vertical", "expected_diagonal")
 
 
 @dataclass(frozen=True)
 class Views:
     """One text as every head sees it. Heads are numbered layer by layer.
 
-    `maps` (heads, size, size): mean attention in each cell of the T x T matrix, as a byte on a
-    logarithmic scale (`stretch`). `keys`, `weights` (heads, tokens, TOP): the keys with most
-    attention, and the attention in 255ths. `kept` (methods, KV heads, tokens): 1 where a method
-    keeps a token at a budget of `budget` tokens for each head.
+    `maps` (heads, size, size): mean attention in each cell of the T x T matrix, as one of LEVELS
+    steps of a logarithmic scale (STRETCH). `keys`, `weights` (heads, tokens, top): the keys with
+    most attention, and the attention in percent. `kept` (methods, budgets, KV heads, tokens): 1
+    where a method keeps a token at a budget of so many tokens for each head. `persistence`
+    (CURVES, heads, shifts): how much attention persists after a shift of (u, 0) and of (u, u)
+    tokens, observed and expected by the query model, in 255ths.
     """
 
+    title: str
     tokens: list[str]
     methods: list[str]
-    budget: int
+    budgets: list[int]
+    shifts: list[int]
     maps: Shaped[np.ndarray, "heads size size"]
     keys: Shaped[np.ndarray, "heads tokens top"]
     weights: Shaped[np.ndarray, "heads tokens top"]
-    kept: Shaped[np.ndarray, "methods kv_heads tokens"]
+    kept: Shaped[np.ndarray, "methods budgets kv_heads tokens"]
+    persistence: Shaped[np.ndarray, "curves heads shifts"]
 
-    def save(self, path: str | Path) -> Path:
-        """Write one .npz file, atomically. Raises OutputError."""
-        out = io.BytesIO()
-        np.savez_compressed(out, **vars(self))
-        return write_atomic(path, out.getvalue())
+    def check(self) -> None:
+        """Whether the parts fit each other. Raises ReportError."""
+        heads, size, width = self.maps.shape
+        tokens = len(self.tokens)
+        methods, budgets, _, kept_tokens = self.kept.shape
+        fits = (
+            size == width
+            and self.keys.shape == self.weights.shape
+            and self.keys.shape[:2] == (heads, tokens)
+            and (methods, budgets, kept_tokens) == (len(self.methods), len(self.budgets), tokens)
+            and self.persistence.shape == (len(CURVES), heads, len(self.shifts))
+            and 0 <= int(self.keys.min(initial=0)) <= int(self.keys.max(initial=0)) < max(tokens, 1)
+        )
+        if not fits:
+            raise ReportError("expected arrays that fit each other")
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Views":
-        """Read what `save` wrote; nothing is unpickled. Raises ReportError for anything else."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in cls.__dataclass_fields__}
-            tokens, methods = ([str(x) for x in arrays.pop(n)] for n in ("tokens", "methods"))
-            found = cls(tokens, methods, int(arrays.pop("budget")), **arrays)
-            fits = found.keys.shape[1] == found.kept.shape[2] == len(found.tokens)
-            if not fits or len(found.maps) != len(found.keys) or found.keys.max(initial=0) > 65535:
-                raise ReportError(f"incomplete views {path}")
-        except ReportError:
-            raise
-        except Exception as error:  # missing, another format, fields that are not there
-            kind = type(error).__name__
-            raise ReportError(f"cannot read the views {path}: {kind}") from error
-        return found
-
-
-def look(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    tokens: int = TOKENS,
-    methods: Sequence[str] = METHODS,
-    progress: Callable[[int, int], None] | None = None,
-) -> Views:
-    """Run a model on the first tokens of a text and remember what a report shows of it."""
-    ids = encode_texts(tokenizer, [text], tokens)[0]
-    config = model.config.get_text_config()
-    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    size = min(MAX_SIZE, len(ids), max(8, int((PIXELS / max(layers * heads, 1)) ** 0.5)))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def consume(view: LayerView) -> None:
-        if progress is not None:
-            progress(len(parts), layers + 1)
-        parts.append(picture(view.queries, view.keys, view.attention, size))
-
-    prefill(model, torch.tensor([ids]), consume, logits_to_keep=1)
-    maps, keys, weights = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
-    budget = max(int(len(ids) * BUDGET), 40)
-    kept = _kept(model, ids, methods, budget)
-    texts = [str(tokenizer.decode([i])) for i in ids]
-    return Views(texts, list(methods) if kept.size else [], budget, maps, keys, weights, kept)
+    def content(self) -> dict[str, Any]:
+        """What the page gets of it: arrays as base64, row by row."""
+        return {
+            **{name: getattr(self, name) for name in LISTS},
+            "title": self.title,
+            "heads": len(self.maps),
+            "size": int(self.maps.shape[1]),
+            "top": int(self.keys.shape[2]),
+            "kv_heads": int(self.kept.shape[2]),
+            "stretch": STRETCH,
+            "levels": LEVELS,
+            "maps": _base64(self.maps.astype(np.uint8)),
+            "keys": _base64(self.keys.astype("<u2")),
+            "weights": _base64(self.weights.astype(np.uint8)),
+            "kept": _base64(np.packbits(self.kept.astype(np.uint8), axis=-1)),
+            "persistence": _base64(self.persistence.astype(np.uint8)),
+        }
 
 
-def picture(
-    queries: Float[Tensor, "heads tokens dim"],
-    keys: Float[Tensor, "kv_heads tokens dim"],
-    attention: Attention,
-    size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(maps, keys, weights) of one layer, as in `Views`; no T x T matrix is held."""
-    heads, tokens, dim = queries.shape
-    group = heads // len(keys)
-    positions = torch.arange(tokens, device=queries.device)
-    cell = positions * size // tokens
-    into = torch.nn.functional.one_hot(cell, size).to(queries.dtype)  # (tokens, size)
-    sums = torch.zeros(heads, size, size, device=queries.device)
-    counts = torch.zeros(size, size, device=queries.device)
-    top = min(TOP, tokens)
-    found_keys, found_weights = [], []
-    columns = keys[:, None].mT.expand(-1, group, -1, -1)
-    for start in range(0, tokens, BLOCK):
-        rows = positions[start : start + BLOCK]
-        grouped = queries[:, rows].view(len(keys), group, len(rows), dim)
-        visible = attention.visible(rows, positions)
-        logits = attention.logits(grouped, columns).view(heads, len(rows), tokens)
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-        sums.index_add_(1, cell[rows], weights @ into)
-        counts.index_add_(0, cell[rows], visible.to(into.dtype) @ into)
-        best = weights.topk(top, -1)
-        found_keys.append(best.indices)
-        found_weights.append((best.values * 255).round())
-    mean = sums / counts.clamp_min(1)
-    share = mean / mean.amax((1, 2), keepdim=True).clamp_min(1e-30)
-    maps = (255 * torch.log1p(STRETCH * share) / np.log1p(STRETCH)).round().to(torch.uint8)
-    indices = torch.cat(found_keys, 1).to(torch.int32)
-    return maps.cpu(), indices.cpu(), torch.cat(found_weights, 1).to(torch.uint8).cpu()
+LISTS = ("tokens", "methods", "budgets", "shifts")
+ARRAYS = ("maps", "keys", "weights", "kept", "persistence")
 
 
-def _kept(
-    model: PreTrainedModel, ids: Sequence[int], methods: Sequence[str], budget: int
-) -> Shaped[np.ndarray, "methods kv_heads tokens"]:
-    """Which tokens each method keeps; nothing where the prompt is too short to cut."""
-    if budget >= len(ids) or not methods:
-        return np.zeros((0, 0, len(ids)), np.uint8)
+def save_views(path: str | Path, views: Sequence[Views]) -> Path:
+    """Write the views of some texts as one .npz file, atomically. Raises OutputError."""
+    arrays: dict[str, Any] = {"schema": SCHEMA, "count": len(views)}
+    for number, view in enumerate(views):
+        arrays |= {f"{number}.{name}": value for name, value in vars(view).items()}
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)
+    return write_atomic(path, out.getvalue())
+
+
+def load_views(path: str | Path) -> list[Views]:
+    """Read what `save_views` wrote; nothing is unpickled. Raises ReportError for anything else."""
     try:
-        recording = record(model, torch.tensor([list(ids)]))
-    except CompressionError:  # a model that can be analysed, but whose cache is of another kind
-        return np.zeros((0, 0, len(ids)), np.uint8)
-    found = []
-    for method in methods:
-        cache = recording.compress(method, [budget])[0]
-        rows = []
-        for layer in cache.compressed_layers:
-            held = layer.storage()
-            split = held.figures["position"].split(held.lengths)
-            for positions in split:
-                mask = torch.zeros(len(ids), dtype=torch.uint8)
-                mask[positions.cpu().long()] = 1
-                rows.append(mask)
-        found.append(torch.stack(rows))
-    return torch.stack(found).numpy()
+        with np.load(path, allow_pickle=False) as file:
+            schema = str(file["schema"]) if "schema" in file else "an older schema"
+            if schema != SCHEMA:
+                raise ReportError(f"expected {SCHEMA}, got {schema}")
+            return [_read(file, number) for number in range(int(file["count"]))]
+    except Exception as error:  # missing, another format, fields that are not there
+        reason = str(error) if isinstance(error, ReportError) else type(error).__name__
+        raise ReportError(f"cannot read the views {path}: {reason}") from error
+
+
+def _read(file: Any, number: int) -> Views:
+    lists = {name: file[f"{number}.{name}"].tolist() for name in LISTS}
+    arrays = {name: file[f"{number}.{name}"] for name in ARRAYS}
+    found = Views(title=str(file[f"{number}.title"]), **lists, **arrays)
+    found.check()
+    return found
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")

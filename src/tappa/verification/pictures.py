@@ -1,4 +1,4 @@
-"""A verification as figures: one PNG for each claim that has something to draw."""
+"""A verification as figures: one for each claim that has something to draw."""
 
 import io
 import math
@@ -16,31 +16,35 @@ CURVES = 3  # heads whose resonance is drawn
 LABELLED = 2  # layers that are named in a scatter plot
 
 
-def figures(found: Verified) -> dict[str, bytes]:
-    """PNG pictures by file name; those of parts that were not asked for are missing."""
+def figures(found: Verified, kind: str = "png") -> dict[str, bytes]:
+    """Pictures by file name; those of parts that were not asked for are missing."""
     drawn: dict[str, tuple[bool, Callable[[Verified, Any], None], tuple[float, float]]] = {
-        "bounds.png": (bool(found.bounds), _bounds, (7.0, 0.45 * len(found.bounds) + 1.2)),
-        "relocation.png": (_measured(found) != [], _relocation, (5.5, 5.0)),
-        "observations.png": (
+        "bounds": (bool(found.bounds), _bounds, (7.0, 0.45 * len(found.bounds) + 1.2)),
+        "relocation": (_measured(found) != [], _relocation, (5.5, 5.0)),
+        "observations": (
             any(x.value is not None for x in found.observations),
             _observations,
             (10.0, 0.24 * len(found.observations) + 1.4),
         ),
-        "resonance.png": (bool(found.resonances), _resonance, (8.0, 2.2 * CURVES + 0.8)),
-        "sensitivity.png": (bool(found.needs), _sensitivity, (5.5, 4.5)),
+        "resonance": (bool(found.resonances), _resonance, (8.0, 2.2 * CURVES + 0.8)),
+        "sensitivity": (bool(found.needs), _sensitivity, (5.5, 4.5)),
     }
-    return {name: _draw(found, draw, size) for name, (there, draw, size) in drawn.items() if there}
+    return {
+        f"{name}.{kind}": _draw(found, draw, size, kind)
+        for name, (there, draw, size) in drawn.items()
+        if there
+    }
 
 
 def _draw(
-    found: Verified, draw: Callable[[Verified, Any], None], size: tuple[float, float]
+    found: Verified, draw: Callable[[Verified, Any], None], size: tuple[float, float], kind: str
 ) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     draw(found, figure)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
+    figure.savefig(out, format=kind, dpi=150)
     return out.getvalue()
 
 

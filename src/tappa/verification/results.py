@@ -1,9 +1,11 @@
 """What a verification found, and its verdict."""
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tappa.errors import VerificationError
 from tappa.files import finite
 from tappa.verification.bounds import BoundResult
 from tappa.verification.constructed import Constructed
@@ -41,6 +43,16 @@ class Verified:
         ]
         return "fail" not in verdicts
 
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Verified":
+        """What `to_json` wrote, read by json. Raises VerificationError for anything else."""
+        try:
+            parts = {name: [_read(kind, x) for x in content[name]] for name, kind in PARTS.items()}
+            return cls(content["model"], content["tokens"], **parts, notes=content["notes"])
+        except Exception as error:  # a field that is missing, or of another kind
+            kind = type(error).__name__
+            raise VerificationError(f"expected a verification of tappa, got {kind}") from error
+
     def to_json(self) -> str:
         """Everything, for machines; what is not a number is null."""
         content = {
@@ -58,3 +70,22 @@ class Verified:
             "notes": self.notes,
         }
         return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
+
+
+PARTS: dict[str, type] = {
+    "bounds": BoundResult,
+    "relocations": Relocation,
+    "constructed": Constructed,
+    "observations": Observation,
+    "resonances": MovedResonance,
+    "sensitivity": RankCorrelation,
+    "needs": LayerNeed,
+}
+
+
+def _read(kind: type, content: dict[str, Any]) -> Any:
+    """One result; verdicts and errors follow from its fields, and a bound that is null is NaN."""
+    found = {field.name: content[field.name] for field in fields(kind)}
+    if kind is BoundResult and found["tightness"] is None:
+        found["tightness"] = math.nan
+    return kind(**found)
