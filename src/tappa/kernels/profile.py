@@ -415,6 +415,8 @@ def _sweep_queries(
     stride = (last - first + QUERIES - 1) // QUERIES
     start = first + stride * tl.arange(0, QUERIES)
     held = (column >= 0) & (column < past)
+    EACH: tl.constexpr = column.shape[0] // PARTS
+    compared = tl.min(column, 0) + (PARTS - 1) * tl.arange(0, EACH) >= 0  # keys of part 0 that exist
     at = start - 1
     exists = (at >= 0) & (at < rows)
     q = _tile(queries, at, exists, query_row, DIM, BLOCK_DIM, True)
@@ -439,7 +441,9 @@ def _sweep_queries(
             logits = _scaled(products, scale, cap, SOFTCAP) - row_lse[:, None]
         weights = tl.exp2(logits)
         now, earlier = _parts(weights, PARTS), _parts(before, PARTS)
-        for j in tl.static_range(1, PARTS):
+        vertical += tl.minimum(earlier[1], now[1])
+        diagonal += tl.minimum(tl.where(compared[None, :], earlier[0], 0.0), now[1])
+        for j in tl.static_range(2, PARTS):
             vertical += tl.minimum(earlier[j], now[j])
             diagonal += tl.minimum(earlier[j - 1], now[j])
         mass += tl.sum(tl.reshape(weights, (QUERIES // 16, 2, 8, weights.shape[1])), 1)
