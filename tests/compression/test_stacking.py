@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tappa
-from tappa.compression import CompressedCache, record, stack_caches
+from tappa.compression import CompressedCache, record, stack_caches, stacking
 from tappa.errors import CompressionError
 from tiny import tiny_model
 
@@ -18,6 +18,16 @@ CELLS: list[tuple[str, list[int | None]]] = [
     ("snapkv", [11, 23]),
     ("tappa", [17]),
 ]
+
+
+@pytest.fixture(params=["padded", "packed"], autouse=True)
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Padded as on a CPU, or packed as on a GPU, with the kernel in Triton's interpreter."""
+    if request.param == "packed":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(stacking, "can_attend", lambda x: True)
+        monkeypatch.setattr(stacking.PackedLayer, "ROOM", 5)  # so that segments have to move
+    return str(request.param)
 
 
 def caches_of(model: PreTrainedModel, prompt: torch.Tensor) -> list[CompressedCache]:

@@ -291,9 +291,11 @@ class CompressedCache(DynamicCache):
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
             return kernel(module, query, key, value, attention_mask, **kwargs)
-        if layer.split or (self._switch.wrapped.startswith("flash") and not layer.complete):
+        if query.shape[2] == 1 and (own := layer.attend(query)) is not None:
+            output: tuple[Tensor, Tensor | None] = (own, None)
+        elif layer.split or (self._switch.wrapped.startswith("flash") and not layer.complete):
             done = by_segment(kernel, layer.storage(), module, query, kwargs)
-            output: tuple[Tensor, Tensor | None] = (done, None)
+            output = (done, None)
         else:
             mask = layer.mask_for(attention_mask, query)
             output = kernel(module, query, key, value, mask, **kwargs)

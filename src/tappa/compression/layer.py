@@ -99,6 +99,10 @@ class CompressedLayer(CacheLayerMixin):
         seen = [tensor for one in self.observations for tensor in one.tensors()]
         return sum(x.numel() * x.element_size() for x in (*figures, *seen))
 
+    def attend(self, query: Tensor) -> Tensor | None:
+        """Attention of one new token (rows, 1, heads, value_dim), if the layer does it itself."""
+        return None
+
     def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """The model's mask over all tokens, brought to the tokens held; True or 0 is visible.
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.layer import CompressedLayer
+from tappa.compression.ragged_attention import can_attend, ragged_attention
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
 
@@ -36,13 +37,21 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
     for number, mine in enumerate(stacked.layers):
         parts = [cache.layers[number] for cache in caches]
         if isinstance(mine, CompressedLayer):
-            stacked.layers[number] = StackedLayer(cast(list[CompressedLayer], parts))
+            stacked.layers[number] = _stacked(cast(list[CompressedLayer], parts))
         else:
             for name in ("keys", "values"):
                 tensors = [cast(Tensor, getattr(part, name)) for part in parts]
                 setattr(mine, name, torch.cat(tensors))
     stacked.frozen, stacked.peak_nbytes = True, stacked.nbytes
     return stacked
+
+
+def _stacked(parts: Sequence[CompressedLayer]) -> CompressedLayer:
+    first = parts[0]
+    plain = first.attention is not None and first.attention.softcap is None
+    if plain and can_attend(first.storage().keys):
+        return PackedLayer(parts)
+    return StackedLayer(parts)
 
 
 class StackedLayer(CompressedLayer):
@@ -110,11 +119,7 @@ class StackedLayer(CompressedLayer):
             before = visible[..., :-new].expand(-1, -1, new, -1)
             among = torch.ones(new, new, dtype=torch.bool, device=query.device).tril()
             visible = torch.cat([before, among.expand(*before.shape[:3], new)], 3)
-        visible = visible.repeat_interleave(heads // self.positions.shape[1], 1)
-        if mask is None or mask.dtype == torch.bool:
-            return visible
-        hidden = torch.finfo(mask.dtype).min
-        return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+        return _like(mask, visible.repeat_interleave(heads // self.positions.shape[1], 1))
 
     def select_rows(self, index: list[int]) -> None:
         """Take these rows of the batch, in this order."""
@@ -139,3 +144,139 @@ class StackedLayer(CompressedLayer):
 
     def forget_ranks(self) -> None:
         """There are none."""
+
+
+class PackedLayer(CompressedLayer):
+    """A layer of several caches without padding: every segment has room to grow in place.
+
+    A new token costs what is held, read once by a kernel that knows the lengths. Whatever the
+    model's own mask says of earlier tokens, a row sees those that it holds.
+    """
+
+    ROOM = 64  # tokens that may come before segments are moved
+
+    def __init__(self, parts: Sequence[CompressedLayer]) -> None:
+        super().__init__(parts[0].index, parts[0].method)
+        self.module, self.attention = parts[0].module, parts[0].attention
+        self.seen = max(part.seen for part in parts)
+        self.complete, self.is_initialized = False, True
+        self._pack(RaggedKV.stack([part.storage() for part in parts]), self.ROOM)
+
+    def _pack(self, held: RaggedKV, room: int) -> None:
+        """Lay out the segments, each with room for so many more tokens behind it."""
+        device = held.keys.device
+        self.kv_heads, self.room, self.tokens = held.kv_heads, room, len(held.keys)
+        self.lengths = torch.tensor(held.lengths, device=device)
+        self.starts = (self.lengths + room).cumsum(0) - self.lengths - room
+        at, size = self._places(), self.tokens + room * len(held.lengths)
+
+        def spread(x: Tensor) -> Tensor:
+            out = x.new_empty(size, *x.shape[1:])
+            out[at] = x
+            return out
+
+        self.packed_keys, self.packed_values = spread(held.keys), spread(held.values)
+        self.position = spread(held.figures["position"])
+
+    def _places(self) -> Tensor:
+        """Where the tokens held are, in the order of `RaggedKV`."""
+        first = self.lengths.cumsum(0) - self.lengths
+        shift = (self.starts - first).repeat_interleave(self.lengths, output_size=self.tokens)
+        return torch.arange(self.tokens, device=shift.device) + shift
+
+    @property
+    def held(self) -> RaggedKV | None:
+        """The tokens held."""
+        at = self._places()
+        figures = {"position": self.position[at]}
+        lengths = self.lengths.tolist()
+        return RaggedKV(
+            self.packed_keys[at], self.packed_values[at], lengths, self.kv_heads, figures
+        )
+
+    @held.setter
+    def held(self, held: RaggedKV | None) -> None:
+        """Only the parts bring tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Prompts of the batch."""
+        return len(self.starts) // self.kv_heads
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, without the room behind them."""
+        return self.tokens * sum(
+            x.shape[-1] * x.element_size() for x in (self.packed_keys, self.packed_values)
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind those held; returns all, padded, if there are several new ones.
+
+        What is returned for a single one is not what is held: `attend` reads that.
+        """
+        new = key_states.shape[2]
+        if new > self.room:
+            self._pack(self.storage(), max(2 * new, self.ROOM))
+        fresh = torch.arange(new, device=key_states.device)
+        at = (self.starts[:, None] + self.lengths[:, None] + fresh).flatten()
+        self.packed_keys.index_copy_(0, at, key_states.reshape(-1, key_states.shape[-1]))
+        self.packed_values.index_copy_(0, at, value_states.reshape(-1, value_states.shape[-1]))
+        position = (fresh + self.seen).to(self.position).repeat(len(self.starts))
+        self.position.index_copy_(0, at, position)
+        self.lengths = self.lengths + new
+        self.room -= new
+        self.tokens += new * len(self.starts)
+        self.seen += new
+        if new == 1:
+            return key_states, value_states
+        keys, values, self.positions = self.storage().padded()
+        return keys, values
+
+    def attend(self, query: Tensor) -> Float[Tensor, "rows 1 heads value_dim"]:
+        """Attention of one new token on all that is held."""
+        assert self.attention is not None
+        where = (self.starts, self.lengths, self.attention.scale)
+        return ragged_attention(query[:, :, 0], self.packed_keys, self.packed_values, *where)[
+            :, None
+        ]
+
+    def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """What is held, and of the new tokens those before; True or 0 is visible."""
+        visible = super().mask_for(None, query)
+        assert visible is not None
+        return _like(mask, visible)
+
+    def select_rows(self, index: list[int]) -> None:
+        """Take these rows of the batch, in this order."""
+        held = self.storage()
+        held.select_rows(index)
+        self._pack(held, self.ROOM)
+
+    def crop(self, tokens: int) -> None:
+        """Refused: rows may have seen different numbers of tokens."""
+        raise CompressionError("a stack of caches cannot be cropped")
+
+    def copy(self, keep_ranks: bool = False) -> "PackedLayer":
+        """An independent copy."""
+        twin = PackedLayer.__new__(PackedLayer)
+        twin.__dict__.update(self.__dict__)
+        for name in ("packed_keys", "packed_values", "position"):
+            setattr(twin, name, getattr(self, name).clone())
+        return twin
+
+    def drop_padding(self, valid: Bool[Tensor, "rows new"]) -> None:
+        """Nothing to do: prompts came without padding, and rows that have ended write on."""
+
+    def forget_ranks(self) -> None:
+        """There are none."""
+
+
+def _like(mask: Tensor | None, visible: Bool[Tensor, "rows heads new keys"]) -> Tensor:
+    """A mask of the kind that the model makes: True, or 0 where its own is of numbers."""
+    if mask is None or mask.dtype == torch.bool:
+        return visible
+    hidden = torch.finfo(mask.dtype).min
+    return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
