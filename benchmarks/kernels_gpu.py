@@ -1,96 +1,70 @@
-"""The kernels on one GPU: each against its reference first, then every design considered, timed.
+"""The kernels and `analyze` on one GPU: checks first, then every claim timed in one run.
 
-Prints a JSON line for each figure and a table at the end. The shape is that of a layer of
-Llama-3.1-8B: 32 heads, 8 KV heads of 128 dimensions, bfloat16. FLOPs of the profile are those of
-the causal half of QK^T, once for each pass; those of flash attention are QK^T and PV.
+Prints a JSON line for each figure and a table at the end; `--out` gets all of them, and cost
+curves, as JSON (`runs/cost_curves.py` draws those). The shape is that of a layer of Llama-3.1-8B:
+32 heads, 8 KV heads of 128 dimensions, bfloat16, laid out as models leave them. FLOPs of the
+profile are those of the causal half of QK^T, once for each pass; those of flash attention are QK^T
+and PV.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import analyze_gpu
 import torch
 from machine import describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from tappa import kernels
 from tappa.attention_profile import SINK_TOKENS, Attention, attention_profile_reference
-from tappa.kernels import profile as kernels
-from tappa.kernels.profile import Chunk, Tiles, Tiling
-from tappa.kernels.similarity import Tiles as StepTiles
-from tappa.kernels.similarity import vector_sums
+from tappa.kernels import profile
+from tappa.kernels.profile import Chunk
+from tappa.kernels.similarity import Tiles, vector_sums
 from tappa.rope import RotaryChannels
-from tappa.similarity import SelfSimilarity
+from tappa.similarity import SelfSimilarity, lag_sums
 
 HEADS, KV_HEADS, DIM, LAGS = 32, 8, 128, 1024
-ROWS = {
-    "128x128w8s3": Tiles(128, 128, warps=8),
-    "128x64w8s3": Tiles(128, 64, warps=8),
-    "128x64w4s3": Tiles(128, 64),
-    "64x128w4s2": Tiles(64, 128, stages=2),
-    "64x64w4s3": Tiles(64, 64),
-    "128x128w4s2": Tiles(128, 128, stages=2),
+SHORT, LONG = 32768, 131072
+CURVE, HEAD_COUNTS = [2**n for n in range(10, 18)], (8, 16, 32, 64)
+STRETCHES = {
+    "16w4 ahead, by twos": Tiles(),
+    "16w4 ahead": Tiles(unroll=1),
+    "16w4 in 3 stages": Tiles(stages=3, unroll=1),
+    "8w4 ahead, by twos": Tiles(8),
+    "4w1 ahead, by twos": Tiles(4, warps=1),
+    "16w4 ahead, by twos, 128 steps": Tiles(steps=128),
+    "16w4 ahead, by twos, 32 steps": Tiles(steps=32),
 }
-WEIGHTS = {
-    "queries 128/16x64w4s3": ("queries", Tiles(128, 64, 16)),
-    "queries 128/16x64w4s2": ("queries", Tiles(128, 64, 16, stages=2)),
-    "queries 128/8x64w4s3": ("queries", Tiles(128, 64, 8)),
-    "queries 128/16x64w4s3u2": ("queries", Tiles(128, 64, 16, unroll=2)),
-    "queries 128/16x128w8s3": ("queries", Tiles(128, 128, 16, warps=8)),
-    "queries 128/16x128w8s2": ("queries", Tiles(128, 128, 16, warps=8, stages=2)),
-    "queries 64/8x64w4s3": ("queries", Tiles(64, 64, 8)),
-    "queries 64/8x64w4s3u2": ("queries", Tiles(64, 64, 8, stages=2, unroll=2)),
-    "queries 64/8x128w8s3": ("queries", Tiles(64, 128, 8, warps=8)),
-    "keys 64x128/16w4s3": ("keys", Tiles(64, 128, 16)),
-    "keys 64x128/16w4s2": ("keys", Tiles(64, 128, 16, stages=2)),
-    "keys 128x128/16w8s3": ("keys", Tiles(128, 128, 16, warps=8)),
-    "keys 64x64/8w4s3": ("keys", Tiles(64, 64, 8)),
-    "keys 64x64/8w4s3u2": ("keys", Tiles(64, 64, 8, stages=2, unroll=2)),
-}
-BANDS = {
-    "64x64w4s2": Tiles(64, 64, stages=2),
-    "64x64w4s3": Tiles(64, 64),
-    "128x64w8s2": Tiles(128, 64, warps=8, stages=2),
-    "64x128w8s2": Tiles(64, 128, warps=8, stages=2),
-}
-STEPS = {
-    "16w4s3": StepTiles(),
-    "16w4s1": StepTiles(stages=1),
-    "16w4s4": StepTiles(stages=4),
-    "8w4s3": StepTiles(8),
-    "8w4s1": StepTiles(8, stages=1),
-    "16w8s3": StepTiles(16, warps=8),
-    "16w8s1": StepTiles(16, warps=8, stages=1),
-    "16w4s3x128": StepTiles(16, 128),
-    "16w4s3x32": StepTiles(16, 32),
-    "4w1s3": StepTiles(4, warps=1),
-}
-TABLE: list[str] = []
+FOUND: list[dict[str, Any]] = []
 
 
 def say(what: str, **figures: Any) -> None:
-    print(json.dumps({"what": what, **figures}), flush=True)
+    FOUND.append({"what": what, **figures})
+    print(json.dumps(FOUND[-1]), flush=True)
 
 
 @contextmanager
 def attempt(what: str) -> Iterator[None]:
-    """A design that does not compile or run is said so, and does not stop the others."""
+    """A part that fails is said so, and does not stop the others."""
     try:
         yield
     except Exception as error:
-        torch.cuda.synchronize()
-        say(what, failed=f"{type(error).__name__}: {error}"[:300])
-        TABLE.append(f"FAILED {what}: {type(error).__name__}")
+        say(f"FAILED {what}", error=f"{type(error).__name__}: {error}"[:500])
 
 
-def milliseconds(run: Callable[[], object], n: int = 5) -> tuple[float, float, float]:
-    """Median, smallest and largest of n timings by events, after one call to warm up."""
+def timed(what: str, run: Callable[[], object], n: int = 5, **work: float) -> float:
+    """Median milliseconds of n timings by events, after one call; rates of the work in them."""
     run()
     torch.cuda.synchronize()
     times = []
@@ -101,288 +75,228 @@ def milliseconds(run: Callable[[], object], n: int = 5) -> tuple[float, float, f
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times), min(times), max(times)
-
-
-def timed(
-    what: str, run: Callable[[], object], flops: float = 0, nbytes: float = 0, n: int = 5
-) -> float:
-    ms, low, high = milliseconds(run, n)
-    figures: dict[str, Any] = {"ms": round(ms, 3), "min": round(low, 3), "max": round(high, 3)}
-    if flops:
-        figures["tflops"] = round(flops / ms / 1e9, 1)
-    if nbytes:
-        figures["gbs"] = round(nbytes / ms / 1e6)
-    say(what, **figures)
-    TABLE.append(f"{what:44} " + " ".join(f"{k}={v}" for k, v in figures.items()))
+    ms = statistics.median(times)
+    rates = {name: round(amount / ms / 1e9, 4) for name, amount in work.items()}
+    say(what, ms=round(ms, 4), min=round(min(times), 4), max=round(max(times), 4), n=n, **rates)
     return ms
 
 
-def vectors(
-    tokens: int, heads: int = HEADS, kv: int = KV_HEADS, dim: int = DIM, dtype=torch.bfloat16
-):
+def vectors(tokens: int, heads: int = HEADS, kv: int = KV_HEADS, dim: int = DIM, **how: Any):
     """Queries and keys laid out as a model leaves them: tokens, heads, dimensions."""
-    made = [torch.randn(tokens, h, dim, device="cuda", dtype=dtype) for h in (heads, kv)]
-    return made[0].transpose(0, 1), made[1].transpose(0, 1).contiguous()
+    how = {"device": "cuda", "dtype": torch.bfloat16} | how
+    return tuple(torch.randn(tokens, h, dim, **how).transpose(0, 1) for h in (heads, kv))
 
 
-def chunk_of(
-    queries: Tensor, keys: Tensor, attention: Attention, tiling: Tiling, **at: Any
-) -> Chunk:
-    place = {"query_start": 0, "key_start": 0, "has_previous": False, **at}
-    return Chunk(
-        queries, keys, attention.scale, attention.window, attention.softcap, tiling=tiling, **place
-    )
+def rotary() -> RotaryChannels:
+    i = torch.arange(DIM)
+    theta = 500000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    return RotaryChannels(i[: DIM // 2], i[DIM // 2 :], theta, i[:0])
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.cpu().double(), expected.double()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    return error if math.isfinite(error) else math.inf
 
 
-def cases() -> list[tuple]:
-    """(tokens, dim, dtype, attention, tiling): every design, types, head sizes, windows and caps."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    plain = Attention(128**-0.5)
-    tilings = [
-        *(Tiling(rows=tiles) for tiles in ROWS.values()),
-        *(Tiling(weights=tiles, keep=keep) for keep, tiles in WEIGHTS.values()),
-        *(Tiling(bands=tiles) for tiles in BANDS.values()),
-    ]
-    found: list[tuple] = [(777, 128, bf16, plain, tiling) for tiling in tilings]
-    both = Attention(0.1, window=211, softcap=9.0)
-    for keep in ("queries", "keys"):
-        found.append((613, 128, bf16, both, Tiling(weights=Tiles(64, 64, 8), keep=keep)))
-    for dim, dtype in ((128, fp16), (128, fp32), (64, bf16), (80, bf16), (256, bf16)):
-        for attention in (plain, Attention(0.1, window=7, softcap=3.0)):
-            found.append((613, dim, dtype, attention, None))
-    return found
+def poison() -> None:
+    """What torch.empty finds from now on is NaN."""
+    _ = torch.full((2**28,), torch.nan, device="cuda")
 
 
-def check_case(case: tuple) -> tuple[str, dict[str, float]]:
-    """Relative RMS of every figure of one case (in a process of its own, as compiling takes long)."""
+def check_profile(tokens: int, dtype: torch.dtype, attention: Attention) -> tuple[str, float]:
+    """Worst relative RMS of one case (a process of its own, as compiling takes long)."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    tokens, dim, dtype, attention, tiling = case
-    q, k = vectors(tokens, 4, 2, dim, dtype)
+    q, k = vectors(tokens, 8, 2, dtype=dtype)
     q, k = 2 * q, k + 0.3
     expected = attention_profile_reference(q.cpu(), k.cpu(), attention, 130)
-    poison = torch.full((2**26,), torch.nan, device="cuda")  # what torch.empty then finds
-    del poison
-    try:
-        chunk = chunk_of(q, k, attention, tiling or kernels.tiling_of(q))
-        found = kernels.profile_sums(chunk, 130)
-        errors = {name: relative_rms(x, getattr(expected, name)) for name, x in found.items()}
-    except Exception as error:
-        errors = {f"{type(error).__name__}: {error}"[:300]: torch.inf}
-    return str(case), errors
+    poison()
+    where = {"query_start": 0, "key_start": 0, "has_previous": False}
+    found = kernels.profile_sums(q, k, 130, SINK_TOKENS, **asdict(attention), **where)
+    what = f"check profile {tokens} {dtype} {attention}"
+    if found is None:
+        return what, math.inf
+    return what, max(relative_rms(x, getattr(expected, name)) for name, x in found.items())
 
 
-def check(processes: int) -> None:
-    """Every design on odd sizes against the float64 reference."""
+def check_similarity(name: str) -> tuple[str, float]:
+    """Sums of queries and keys against those of their vectors in float32."""
+    torch.set_num_threads(1)
+    tokens, start, channels = 5003, 1000, rotary()
+    q, k = (x + 0.5 for x in vectors(tokens, 3, 1))
+    poison()
+    where = *channels.slices, channels.theta.cuda(), channels.turn.cuda(), start
     worst = 0.0
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for what, errors in pool.imap_unordered(check_case, cases()):
-            error = max(x if x == x else torch.inf for x in errors.values())
-            worst = max(worst, error)
-            if not error < 1e-3:
-                say("check", case=what, errors={n: f"{x:.2e}" for n, x in errors.items()})
-    chunked, lags = check_chunks(), check_lags()
-    say("check", cases=len(cases()), worst_relative_rms=worst, chunked=chunked, lags=lags)
-    TABLE.append(f"worst relative RMS {worst:.2e}; in chunks {chunked:.2e}; 1024 lags {lags:.2e}")
+    for x, found in zip((q, k), vector_sums(q, k, *where, STRETCHES[name]), strict=True):
+        post = x.cpu().float()
+        pre = channels.unrotate_from(post, start)
+        expected = SelfSimilarity()
+        expected.add(pre, post)
+        before, after = expected._streams["pre"], expected._streams["post"]
+        pairs = (
+            (found.post, after.total),
+            (found.pre, before.total),
+            (found.squares, after.squares),
+            (found.adjacent_post, after.adjacent),
+            (found.adjacent_pre, before.adjacent),
+            (found.vectors, pre.double().sum(1)),
+            (found.norms, channels.norms(pre).double().sum(1)),
+        )
+        worst = max(worst, *(relative_rms(*pair) for pair in pairs))
+    return f"check similarity {name}", worst
 
 
-def check_lags() -> float:
-    """All 1024 lags of a longer prompt, against diagonals of the whole matrix."""
-    tokens = 3001
-    q, k = vectors(tokens, 4, 2)
-    found = kernels.profile_sums(chunk_of(q, k, Attention(0.2), Tiling()), LAGS)
-    products = 0.2 * q.double() @ k.double().repeat_interleave(2, 0).mT
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril()
-    weights = products.masked_fill(~causal, -torch.inf).softmax(-1)
-    worst = 0.0
-    for name, matrix in (("lag_attention", weights), ("lag_logits", products)):
-        sums = [matrix.diagonal(-lag, 1, 2).sum(-1) for lag in range(LAGS)]
-        worst = max(worst, relative_rms(found[name], torch.stack(sums, -1).cpu()))
-    return worst
+def check_autocorrelation() -> tuple[str, float]:
+    unit = torch.nn.functional.normalize(torch.randn(3, 3001, DIM, device="cuda") + 0.1, dim=-1)
+    found = kernels.autocorrelation_sums(unit, LAGS)
+    expected = lag_sums(unit.double(), unit.double(), LAGS)
+    return "check autocorrelation", math.inf if found is None else relative_rms(found, expected)
 
 
-def check_chunks() -> float:
-    """A prompt in pieces, with the query before each."""
-    q, k = vectors(901, 4, 2)
-    worst = 0.0
-    for attention in (Attention(0.1), Attention(0.1, window=300)):
-        expected = attention_profile_reference(q.cpu(), k.cpu(), attention, 130)
-        total: dict[str, Tensor] = {}
-        for start in range(0, 901, 400):
-            end = min(start + 400, 901)
-            low, first = max(start - 1, 0), max(0, start - 300) if attention.window else 0
-            chunk = chunk_of(
-                q[:, low:end], k[:, first:end], attention, Tiling(), query_start=start,
-                key_start=first, has_previous=start > 0,
-            )  # fmt: skip
-            for name, x in kernels.profile_sums(chunk, 130).items():
-                before = total.get(name, torch.zeros_like(x))
-                pad = x.shape[-1] - before.shape[-1] if x.dim() == 2 else 0
-                total[name] = x + torch.nn.functional.pad(before, (0, pad))
-        worst = max(worst, *(relative_rms(x, getattr(expected, n)) for n, x in total.items()))
-    return worst
+def checks() -> list[tuple[Callable[..., tuple[str, float]], tuple]]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    plain, both = Attention(0.09), Attention(0.1, window=211, softcap=9.0)
+    return [
+        *((check_profile, (777, dtype, plain)) for dtype in (bf16, fp16, fp32)),
+        (check_profile, (613, bf16, both)),
+        *((check_similarity, (name,)) for name in STRETCHES),
+        (check_autocorrelation, ()),
+    ]
 
 
-def check_similarity() -> None:
-    theta = 500000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
-    i = torch.arange(DIM)
-    rotary = RotaryChannels(i[: DIM // 2], i[DIM // 2 :], theta, i[:0])
-    tokens, start, worst = 5003, 1000, 0.0
-    q, _ = vectors(tokens, 3, 1)
-    q = q + torch.randn(3, 1, DIM, device="cuda", dtype=q.dtype)
-    post = q.cpu().float()
-    pre = rotary.unrotate(post, torch.arange(start, start + tokens))
-    expected = SelfSimilarity()
-    expected.add(pre, post)
-    streams = expected._streams
-    for name, tiles in STEPS.items():
-        with attempt(f"check similarity {name}"):
-            found = vector_sums(q, slice(0, 64, 1), slice(64, 128, 1), theta.cuda(), start, tiles)
-            pairs = {
-                "post": (found.post, streams["post"].total),
-                "pre": (found.pre, streams["pre"].total),
-                "squares": (found.squares, streams["post"].squares),
-                "adjacent_post": (found.adjacent_post, streams["post"].adjacent),
-                "adjacent_pre": (found.adjacent_pre, streams["pre"].adjacent),
-                "vectors": (found.vectors, pre.double().sum(1)),
-                "norms": (found.norms, rotary.norms(pre).double().sum(1)),
-                "energies": (found.energies, rotary.by_channel(pre.double().square()).sum(1)),
-            }
-            errors = {k: relative_rms(*pair) for k, pair in pairs.items()}
-            error = max(errors.values())
-            worst = max(worst, error if error == error else float("inf"))
-            if not error < 1e-3:
-                say(f"check similarity {name}", errors=errors)
-    say("check similarity", worst_relative_rms=worst)
-    TABLE.append(f"worst relative RMS of similarity {worst:.2e}")
+def start_checks(pool: Any) -> list[tuple[str, Any]]:
+    return [(f"{run.__name__} {args}", pool.apply_async(run, args)) for run, args in checks()]
 
 
-def flash(tokens: int, n: int = 5) -> float:
-    """TFLOP/s of PyTorch's flash attention, forward, causal."""
-    q, k = (x[None].contiguous() for x in vectors(tokens))
+def time_profile(tokens: int, n: int, passes: bool = True) -> None:
+    """Flash attention, the profile's passes and the whole, and extra memory."""
+    q, k = vectors(tokens)
     v = torch.randn_like(k)
     flops = 2.0 * DIM * HEADS * tokens * tokens
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        ms = timed(
-            f"flash {tokens}",
-            lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-            flops,
-            n=n,
-        )
-    return flops / ms / 1e9
 
+    def flash() -> None:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            batch = (x[None] for x in (q, k, v))
+            scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
 
-def time_profile(tokens: int, left: Callable[[], float], n: int = 5) -> Tiling:
-    """Every design on one layer; returns the fastest."""
-    q, k = vectors(tokens)
-    attention, one_pass = Attention(DIM**-0.5), 1.0 * DIM * HEADS * tokens * tokens
-    best: dict[str, tuple[float, Any]] = {}
-
-    def tried(kind: str, name: str, what: Any, run: Callable[[], object], flops: float) -> None:
-        if left() < 40:
-            return
-        with attempt(f"{kind} {name}"):
-            ms = timed(f"{kind} {tokens} {name}", run, flops, n=n)
-            if kind not in best or ms < best[kind][0]:
-                best[kind] = ms, what
-
-    for name, tiles in ROWS.items():
-        chunk = chunk_of(q, k, attention, Tiling(rows=tiles))
-        tried("rows", name, tiles, lambda c=chunk: kernels.row_sums(c), one_pass)
-    lse = kernels.row_sums(chunk_of(q, k, attention, Tiling()))[0]
-    for name, (keep, tiles) in WEIGHTS.items():
-        chunk = chunk_of(q, k, attention, Tiling(weights=tiles, keep=keep))
-        run = lambda c=chunk: kernels.weight_sums(c, lse)  # noqa: E731
-        tried("weights", name, (keep, tiles), run, one_pass)
-    for name, tiles in BANDS.items():
-        chunk = chunk_of(q, k, attention, Tiling(bands=tiles))
-        tried("bands", name, tiles, lambda c=chunk: kernels.band_sums(c, lse, LAGS), 0)
-    keep, weights = best["weights"][1]
-    return Tiling(best["rows"][1], weights, best["bands"][1], keep)
-
-
-def time_whole(tokens: int, tiling: Tiling, flash_rate: float, n: int = 5) -> None:
-    """The whole profile: rate of both passes against flash attention, and extra memory."""
-    q, k = vectors(tokens)
-    attention, flops = Attention(DIM**-0.5), 2.0 * DIM * HEADS * tokens * tokens
-    chunk = chunk_of(q, k, attention, tiling)
-    ms = timed(f"profile {tokens}", lambda: kernels.profile_sums(chunk, LAGS), flops, n=n)
+    base = timed(f"flash {tokens}", flash, n, tflops=flops)
+    chunk = Chunk(q, k, DIM**-0.5)
+    if passes:
+        lse = profile.row_sums(chunk, SINK_TOKENS)[0]
+        timed(f"pass 1 {tokens}", lambda: profile.row_sums(chunk, SINK_TOKENS), n, tflops=flops / 2)
+        timed(f"pass 2 {tokens}", lambda: profile.weight_sums(chunk, lse), n, tflops=flops / 2)
+        timed(f"lags {tokens}", lambda: profile.band_sums(chunk, lse, LAGS), n)
+    whole = lambda: profile.profile_sums(chunk, LAGS, SINK_TOKENS)  # noqa: E731
+    ms = timed(f"profile {tokens}", whole, n, tflops=flops)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kernels.profile_sums(chunk, LAGS)
+    whole()
     extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    share = flops / ms / 1e9 / flash_rate
-    say(
-        f"profile {tokens}",
-        of_flash_rate=round(share, 3),
-        extra_mib=round(extra),
-        tiling=str(tiling),
-    )
-    TABLE.append(f"profile {tokens}: {share:.2f} of flash's rate, {extra:.0f} MiB extra, {tiling}")
+    say(f"profile {tokens} of flash", rate=round(base / ms, 3), extra_mib=round(extra))
+
+
+def replayed(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work as a CUDA graph, so that launches by Python stay out of the time."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def similarity_of(q: Tensor, k: Tensor, tiles: Tiles | None = None) -> Callable[[], object]:
+    channels = rotary()
+    where = *channels.slices, channels.theta.cuda(), channels.turn.cuda(), 0
+    return replayed(lambda: vector_sums(q, k, *where, tiles))
 
 
 def time_similarity(tokens: int) -> None:
-    """Queries and keys of a layer in one pass each, against a copy of as many bytes."""
+    """Queries and keys of a layer in one pass, against a copy of 2 GiB."""
     q, k = vectors(tokens)
     nbytes = 2 * (q.numel() + k.numel())
-    source = torch.randn(2**31 // 2, device="cuda", dtype=torch.bfloat16)
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copy = timed("copy 2 GiB", lambda: target.copy_(source), nbytes=4 * source.numel(), n=11)
-    rate = 4 * source.numel() / copy
-    theta = 500000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64, device="cuda") / DIM)
-    halves = slice(0, 64, 1), slice(64, 128, 1)
-    for name, tiles in STEPS.items():
-        with attempt(f"similarity {name}"):
+    copied = 4 * source.numel()
+    copy = timed("copy 2 GiB", lambda: target.copy_(source), 11, tbs=copied)
+    for name, tiles in STRETCHES.items():
+        what = f"similarity {tokens} {name}"
+        with attempt(what):
+            ms = timed(what, similarity_of(q, k, tiles), 11, tbs=nbytes)
+            say(f"{what} of copy", rate=round(nbytes / ms / (copied / copy), 3))
 
-            def run(tiles: StepTiles = tiles) -> None:
-                for x in (q, k):
-                    vector_sums(x, *halves, theta, 0, tiles)
 
-            run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            ms = timed(f"similarity {tokens} {name}", graph.replay, nbytes=nbytes, n=11)
-            say(f"similarity {tokens} {name}", of_copy=round(nbytes / ms / rate, 3))
-            TABLE[-1] += f" of_copy={nbytes / ms / rate:.2f}"
+def slope(points: dict[int, float]) -> float:
+    """Least-squares slope of log time against log size, of the upper half of the sizes."""
+    sizes = sorted(points)[len(points) // 2 :]
+    x, y = ([math.log(f(n)) for n in sizes] for f in (float, lambda n: points[n]))
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def cost_curves() -> dict[str, Any]:
+    """Milliseconds over tokens (32 heads) and over heads (8192 tokens), with slopes."""
+    forms: dict[str, Callable[[Tensor, Tensor], Callable[[], object]]] = {
+        "q-similarity": similarity_of,
+        "profile": lambda q, k: lambda: profile.profile_sums(Chunk(q, k, 0.09), LAGS, SINK_TOKENS),
+    }
+    curves: dict[str, Any] = {}
+    for name, form in forms.items():
+        tokens = {t: timed(f"{name}, {t} tokens", form(*vectors(t)), 3) for t in CURVE}
+        heads = {
+            h: timed(f"{name}, {h} heads", form(*vectors(8192, h, h // 4)), 3) for h in HEAD_COUNTS
+        }
+        for axis, points in (("tokens", tokens), ("heads", heads)):
+            fitted = round(slope(points), 3)
+            curves[f"{name} by {axis}"] = {"ms": points, "slope_of_upper_half": fitted}
+            say(f"slope of {name} by {axis}", slope=fitted)
+    return curves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=210)
-    parser.add_argument("--long", type=int, default=131072)
+    parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=Path("kernels-gpu.json"))
     options = parser.parse_args()
-    start = time.perf_counter()
+    begun = time.perf_counter()
 
     def left() -> float:
-        return options.seconds - (time.perf_counter() - start)
+        return options.seconds - (time.perf_counter() - begun)
 
-    say("machine", gpu=torch.cuda.get_device_name(), sink=SINK_TOKENS, **describe())
-    check_similarity()
-    check(options.processes)
-    say("checked", seconds=round(time.perf_counter() - start, 1))
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    timed("matmul 8192", lambda: a @ a, 2 * 8192.0**3)
-    rate = flash(32768)
-    tiling = time_profile(32768, left)
-    time_whole(32768, tiling, rate)
-    say("timed 32k", seconds=round(time.perf_counter() - start, 1))
-    time_similarity(32768)
-    if left() > 15:
-        time_similarity(131072)
-    if left() > 15:
-        long_rate = flash(options.long, n=3)
-        time_whole(options.long, tiling, long_rate, n=3)
-    say("done", seconds=round(time.perf_counter() - start, 1))
-    print("\n".join(TABLE))
+    say("machine", gpu=torch.cuda.get_device_name(), **describe())
+    curves: dict[str, Any] = {}
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        results = start_checks(pool)
+        with attempt("warm-up"):  # while other processes compile; timings begin when they are done
+            analyze_gpu.warm_up(SHORT)
+        for what, result in results:
+            with attempt(what):
+                name, error = result.get(timeout=max(left() - 40, 1))
+                say(name, worst_relative_rms=error, good=error <= 1e-3)
+    say("checked", seconds=round(time.perf_counter() - begun, 1))
+    parts: list[tuple[float, str, Callable[[], object]]] = [
+        (0, "profile", lambda: time_profile(SHORT, 5)),
+        (0, "similarity", lambda: (time_similarity(SHORT), time_similarity(LONG))),
+        (0, "analyze", lambda: analyze_gpu.compare(SHORT, 3, say)),
+        (5, "long profile", lambda: time_profile(LONG, 3, passes=False)),
+        (8, "curves", lambda: curves.update(cost_curves())),
+        (5, "long analyze", lambda: analyze_gpu.once(LONG, say)),
+    ]
+    for needed, what, run in parts:
+        if left() < needed:
+            say(f"no time for {what}")
+            continue
+        with attempt(what):
+            run()
+        torch.cuda.empty_cache()
+        say(f"done with {what}", seconds=round(time.perf_counter() - begun, 1))
+        options.out.write_text(json.dumps({"figures": FOUND, "curves": curves}, indent=1))
+    for figure in FOUND:
+        name, rest = figure["what"], {k: v for k, v in figure.items() if k != "what"}
+        print(f"{name:48}", " ".join(f"{k}={v}" for k, v in rest.items()))
 
 
 if __name__ == "__main__":
