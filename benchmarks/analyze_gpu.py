@@ -2,7 +2,10 @@
 
 import statistics
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +101,7 @@ def compare(tokens: int, n: int, say: Say) -> None:
     spread = [round(ratios[0], 3), round(ratios[-1], 3)]
     say(f"analyze {tokens} against plain", ratio=ratio, spread=spread, n=n, seconds=each)
     say(f"parts of analyze {tokens}, ms", **parts(ids))
+    say("waits for the GPU in 32 layers", **waits(ids[:, :2048]))
 
 
 def warm_up(tokens: int) -> None:
@@ -119,6 +123,18 @@ def once(tokens: int, say: Say) -> None:
         peak_gib=round(peak, 2),
         peak_reserved_gib=round(reserved, 2),
     )
+
+
+def waits(ids: torch.Tensor) -> dict[str, int]:
+    """How often the CPU waits for the GPU in one analysis, by line of code."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            analyze(ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told).most_common(12))
 
 
 def parts(ids: torch.Tensor) -> dict[str, float]:

@@ -154,10 +154,10 @@ def check_autocorrelation() -> tuple[str, float]:
 
 
 def checks() -> list[tuple[Callable[..., tuple[str, float]], tuple]]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    bf16, fp16 = torch.bfloat16, torch.float16
     plain, both = Attention(0.09), Attention(0.1, window=211, softcap=9.0)
     return [
-        *((check_profile, (777, dtype, plain)) for dtype in (bf16, fp16, fp32)),
+        *((check_profile, (777, dtype, plain)) for dtype in (bf16, fp16)),
         (check_profile, (613, bf16, both)),
         *((check_similarity, (name,)) for name in STRETCHES),
         (check_autocorrelation, ()),

@@ -74,8 +74,8 @@ class RotaryChannels:
 
     def chord(self, shift: int | Int[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
         """`2 |sin(shift * theta / 2)|`: how far `shift` tokens of rotation move a unit vector."""
-        shift = torch.as_tensor(shift, device=self.theta.device)
-        return (2 * torch.sin(shift[..., None] * self.frequencies / 2).abs()).float()
+        by = shift if isinstance(shift, int) else shift.to(self.theta.device)[..., None]
+        return (2 * torch.sin(by * self.frequencies / 2).abs()).float()
 
     def rotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]

@@ -197,7 +197,8 @@ def autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Te
     Source: the L-periodicity of queries and keys in Theorem 5.4.
     """
     unit = normalize(x, dim=-1)
-    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x)
+    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x.dtype)
+    counts = counts.to(x.device, non_blocking=True)
     sums = kernels.autocorrelation_sums(unit, lags)
     return (lag_sums(unit, unit, lags) if sums is None else sums) / counts
 
