@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -32,17 +33,26 @@ class LayerView:
 
     layer: int
     row: int  # which prompt of the batch
-    queries: Float[Tensor, "heads steps dim"]  # post-RoPE, float32
-    keys: Float[Tensor, "kv_heads past dim"]  # post-RoPE, float32
+    model_queries: Float[Tensor, "heads steps dim"]  # post-RoPE, in the model's type
+    model_keys: Float[Tensor, "kv_heads past dim"]
     rotary: RotaryChannels
     attention: Attention
     query_start: int
     key_start: int
 
+    @cached_property
+    def queries(self) -> Float[Tensor, "heads steps dim"]:
+        """Post-RoPE, float32."""
+        return self.model_queries.float()
+
+    @cached_property
+    def keys(self) -> Float[Tensor, "kv_heads past dim"]:
+        """Post-RoPE, float32."""
+        return self.model_keys.float()
+
     def unrotate(self, x: Float[Tensor, "heads tokens dim"], start: int) -> Tensor:
         """Vectors before RoPE, of consecutive positions from `start` on."""
-        positions = torch.arange(start, start + x.shape[-2], device=x.device)
-        return self.rotary.unrotate(x, positions)
+        return self.rotary.unrotate_from(x, start)
 
 
 Consumer = Callable[[LayerView], None]
@@ -160,8 +170,8 @@ class _Session:
             view = LayerView(
                 layer=layer,
                 row=row,
-                queries=query[row, :, first:last].float(),
-                keys=key[row, :, pad:end].float(),
+                model_queries=query[row, :, first:last],
+                model_keys=key[row, :, pad:end],
                 rotary=rotary.to(query.device),
                 attention=attention,
                 query_start=self.start,
@@ -175,7 +185,8 @@ class _Session:
         row = max(range(len(self.spans)), key=lambda r: self.spans[r][1] - self.spans[r][0])
         tokens = slice(*self.spans[row])
         rotary = self.probe.channels(module, row, tokens, self.positions[row, tokens])
-        if not torch.equal(self.frequencies.setdefault(module, rotary.theta), rotary.theta):
+        known = self.frequencies.setdefault(module, rotary.theta)
+        if known is not rotary.theta and not torch.equal(known, rotary.theta):
             raise CaptureError(
                 "RoPE frequencies changed between chunks (dynamic scaling): "
                 "analyse this prompt in one piece (chunk=None)"

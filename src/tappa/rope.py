@@ -44,6 +44,19 @@ class RotaryChannels:
         return _as_slice(self.second)
 
     @property
+    def slices(self) -> tuple[slice, slice] | None:
+        """First and second dimensions of the channels, where they are evenly spaced and all."""
+        first, second = self._first, self._second
+        if not isinstance(first, slice) or not isinstance(second, slice):
+            return None
+        return None if len(self.unrotated) or first.step != second.step else (first, second)
+
+    @cached_property
+    def turn(self) -> Float[Tensor, "2 pairs"]:
+        """Cosine and sine of theta: the turn from one token to the next."""
+        return torch.stack([self.theta.cos(), self.theta.sin()]).float()
+
+    @property
     def dim(self) -> int:
         """Head size: two dimensions for each pair, and those that are not rotated."""
         return 2 * len(self.first) + len(self.unrotated)
@@ -61,31 +74,41 @@ class RotaryChannels:
 
     def chord(self, shift: int | Int[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
         """`2 |sin(shift * theta / 2)|`: how far `shift` tokens of rotation move a unit vector."""
-        shift = torch.as_tensor(shift, device=self.theta.device)
-        return (2 * torch.sin(shift[..., None] * self.frequencies / 2).abs()).float()
+        by = shift if isinstance(shift, int) else shift.to(self.theta.device)[..., None]
+        return (2 * torch.sin(by * self.frequencies / 2).abs()).float()
 
     def rotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p x`: turn every channel by `p * theta`; angles are computed in float64."""
-        return self._turn(x, *self._table(positions))
+        return self._turn(x, *self._angles(positions))
 
     def unrotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
-        cos, sin = self._table(positions)
-        return self._turn(x, cos, -sin)
-
-    def _table(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of `p * theta`; those of the last positions are remembered."""
         known, tables = self._latest.get("tables", (None, None))
         if known is None or known.device != positions.device or not torch.equal(known, positions):
-            angles = positions[..., None].double() * self.theta
-            turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-            tables = turn.real.contiguous(), turn.imag.contiguous()
+            tables = self._angles(positions)
             self._latest["tables"] = positions.clone(), tables
-        return tables
+        return self._turn(x, tables[0], -tables[1])
+
+    def unrotate_from(
+        self, x: Float[Tensor, "*batch tokens dim"], start: int
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`unrotate` for consecutive positions from `start` on; a GPU need not be waited for."""
+        place = start, x.shape[-2]
+        known, tables = self._latest.get("consecutive", (None, None))
+        if known != place:
+            tables = self._angles(torch.arange(start, sum(place), device=x.device))
+            self._latest["consecutive"] = place, tables
+        return self._turn(x, tables[0], -tables[1])
+
+    def _angles(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of `p * theta`."""
+        angles = positions[..., None].double() * self.theta
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        return turn.real.contiguous(), turn.imag.contiguous()
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, b = x[..., self._first], x[..., self._second]
