@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -5,6 +6,9 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined: before tappa is imported
 
 import tappa.models
 from tappa.cli import main

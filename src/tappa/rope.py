@@ -68,16 +68,26 @@ class RotaryChannels:
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p x`: turn every channel by `p * theta`; angles are computed in float64."""
-        return self._turn(x, *self._table(positions))
+        return self._turn(x, *self.table(positions))
 
     def unrotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
-        cos, sin = self._table(positions)
+        return self.turn_back(x, *self.table(positions))
+
+    def turn_back(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        cos: Float[Tensor, "*#batch tokens pairs"],
+        sin: Float[Tensor, "*#batch tokens pairs"],
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`unrotate` with the tables of the positions."""
         return self._turn(x, cos, -sin)
 
-    def _table(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
+    def table(
+        self, positions: Int[Tensor, "*batch tokens"]
+    ) -> tuple[Float[Tensor, "*batch tokens pairs"], Float[Tensor, "*batch tokens pairs"]]:
         """Cosine and sine of `p * theta`; those of the last positions are remembered."""
         known, tables = self._latest.get("tables", (None, None))
         if known is None or known.device != positions.device or not torch.equal(known, positions):

@@ -22,12 +22,14 @@ from transformers.cache_utils import (
 )
 
 from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.fetching import Fetched
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.errors import CompressionError
 from tappa.interface import AttentionSwitch, attention_of
+from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -91,6 +93,9 @@ class CompressedCache(DynamicCache):
         self._hooks: list[RemovableHandle] = []
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
+        self._positions: Tensor = torch.empty(0)  # of the new tokens, for all layers
+        self._tables: dict[int, Table] = {}  # of these positions, by RoPE
+        self._unbalanced = False  # the layer read last is still whole
         self._injecting = False
         self._failed = self._running = False
         before, after = _late(self._before), _late(self._after)
@@ -188,6 +193,7 @@ class CompressedCache(DynamicCache):
                 "this cache was made for another model (or for all of it, and got a part): "
                 "make one with tappa.compressed(model, ...)"
             )
+        self._settle()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _compressed(self, layer: int) -> CompressedLayer:
@@ -217,6 +223,7 @@ class CompressedCache(DynamicCache):
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
+        self._positions = arange[0]
         if self._evicting and seen and new < self._prompt_like:
             self._make_room(new)
         self._switch.on()
@@ -233,9 +240,11 @@ class CompressedCache(DynamicCache):
         self._switch.off()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._position_ids = [], torch.empty(0)
-        self._probe.forget()
         self._failed = output is None
+        self._settle()
+        self._hooks, self._position_ids, self._positions = [], torch.empty(0), torch.empty(0)
+        self._tables.clear()
+        self._probe.forget()
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         for layer in self.compressed_layers:
             layer.forget_ranks()
@@ -262,9 +271,10 @@ class CompressedCache(DynamicCache):
                 f"the cache has seen {seen} tokens and {new} came, with an attention mask of shape "
                 f"{shape}: call reset() before another prompt"
             )
-        self._valid = None if mask is None else mask[:, -new:].bool()
-        if self._valid is not None and not seen and not bool(self._valid.any(1).all()):
+        valid = None if mask is None else mask[:, -new:].bool()
+        if valid is not None and not seen and not bool(valid.any(1).all()):
             raise CompressionError("expected at least one token in every row, one is all padding")
+        self._valid = None if valid is None or bool(valid.all()) else valid
 
     @property
     def _evicting(self) -> bool:
@@ -299,8 +309,7 @@ class CompressedCache(DynamicCache):
             output = kernel(module, query, key, value, mask, **kwargs)
         layer.attention, layer.module = attention_of(module, query, kwargs), module
         if self.recorder is not None:
-            positions = torch.arange(layer.seen - query.shape[2], layer.seen, device=query.device)
-            self.recorder(query, self._channels(layer, 0, positions))
+            self.recorder(query, self._channels(layer, 0, slice(0, query.shape[2])))
         if self._evicting:
             self.observe(layer, query)
         elif self._valid is not None:
@@ -344,17 +353,20 @@ class CompressedCache(DynamicCache):
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
             layer.drop_padding(valid)
-        everywhere = torch.arange(start, start + new, device=query.device)
+        if len(self._positions) != new:  # outside of a forward pass
+            self._positions = torch.arange(start, start + new)
+        everywhere = self._positions = self._positions.to(query.device)
         for row, queries in enumerate(query):
-            positions = everywhere
+            positions, tokens = everywhere, slice(0, new)
             if valid is not None and not bool(valid[row].all()):
                 queries, positions = queries[:, valid[row]], everywhere[valid[row]]
+                there = valid[row].nonzero()[:, 0].tolist() or [0, -1]
+                tokens = slice(there[0], there[-1] + 1)
             if len(positions):
-                self._observe_row(layer, row, queries, positions, prompt)
+                self._observe_row(layer, row, queries, positions, tokens, prompt)
         if prompt:
             self._compress(layer)
-            if cascade:
-                self.balance()
+            self._unbalanced = cascade
 
     def _observe_row(
         self,
@@ -362,35 +374,45 @@ class CompressedCache(DynamicCache):
         row: int,
         queries: Float[Tensor, "heads new dim"],
         positions: Int[Tensor, " new"],
+        tokens: slice,
         prompt: bool,
     ) -> None:
+        """`tokens` are the new ones from the first that is no padding to the last."""
         method, rule, held = self.method, self.method.rule, layer.storage()
         assert rule is not None
         if len(layer.observations) <= row:
-            layer.observations.append(Observation.empty(queries, int(positions[0])))
+            first = layer.seen - len(self._positions) + tokens.start
+            layer.observations.append(Observation.empty(queries, first))
         seen = layer.observations[row]
         seen.see(queries, positions, method.window)
+        seen.end = layer.seen - len(self._positions) + tokens.stop
         if prompt:
+            table = None
             if "moments" in method.scorer.needs or "similarity" in rule.needs:
-                seen.rotary = self._channels(layer, row, positions)
-            seen.learn(queries, positions, method.scorer, rule)
+                seen.rotary = self._channels(layer, row, tokens)
+                table = self._table(seen.rotary, positions)
+            seen.learn(queries, positions, method.scorer, rule, table)
         if "received" in method.scorer.needs:
             if "received" not in held.figures:
                 held.figures["received"] = torch.zeros(len(held.keys), device=queries.device)
             more = received_by(layer.view(row), queries, positions)
             held.set_figure("received", row, held.figure("received", row) + more)
 
-    def _channels(
-        self, layer: CompressedLayer, row: int, positions: Int[Tensor, " new"]
-    ) -> RotaryChannels:
+    def _channels(self, layer: CompressedLayer, row: int, tokens: slice) -> RotaryChannels:
         """RoPE of a layer, from the tables of this forward pass."""
         if self._known_rotary is not None:
             return self._known_rotary
         assert layer.module is not None
-        at = positions - (layer.seen - self._position_ids.shape[1])
-        tokens = slice(int(at[0]), int(at[-1]) + 1)
         ids = self._position_ids[row if len(self._position_ids) > 1 else 0, tokens]
-        return self._probe.channels(layer.module, row, tokens, ids).to(positions.device)
+        return self._probe.channels(layer.module, row, tokens, ids)
+
+    def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
+        """Cosine and sine of these positions; those of all new tokens are made once for all layers."""
+        if positions is not self._positions:
+            return rotary.table(positions)
+        if id(rotary) not in self._tables:
+            self._tables[id(rotary)] = rotary.table(positions)
+        return self._tables[id(rotary)]
 
     def _compress(self, layer: CompressedLayer) -> None:
         """Rank the tokens of a layer and set its preference."""
@@ -398,15 +420,26 @@ class CompressedCache(DynamicCache):
         assert rule is not None
         held = layer.storage()
         blank = Evidence(layer.index, len(layers), held.kv_heads)
-        preferences = []
+        preferences: list[Fetched | list[float]] = []
         for row, seen in enumerate(layer.observations):
             tokens = replace(layer.view(row), call=self._probe.latest)
             layer.rank(row, tokens)
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                preferences.append(rule.prefer(seen.evidence(blank, rule, tokens)))
+                preferences.append(Fetched(rule.weigh(seen.evidence(blank, rule, tokens))))
         layer.preferences = preferences
+
+    @torch.compiler.disable
+    def _settle(self) -> None:
+        """Cut the layers to the budget, the one read last included.
+
+        As late as the next layer needs the room: by then the GPU has told its figures, and works on
+        what comes between two attentions while the CPU decides.
+        """
+        if self._unbalanced:
+            self._unbalanced = False
+            self.balance()
 
     def _total(self, row: int) -> int:
         """Tokens that all heads of all layers may hold together."""
@@ -444,10 +477,10 @@ class CompressedCache(DynamicCache):
         kv_heads = len(held[0])
         if pooled:  # a layer is one account
             capacity = [sum(counts) for counts in held]
-            preference = [sum(layer.preferences[row]) for layer in layers]
+            preference = [sum(layer.preference(row)) for layer in layers]
         else:
             capacity = [count for counts in held for count in counts]
-            preference = [p for layer in layers for p in layer.preferences[row]]
+            preference = [p for layer in layers for p in layer.preference(row)]
         average = total / (kv_heads * len(self.compressed_layers))
         least = max(self.method.least, int(self.method.layer_floor * average))
         least *= kv_heads if pooled else 1

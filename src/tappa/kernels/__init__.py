@@ -1,0 +1,1 @@
+"""Kernels in Triton, each beside a readable reference of the same signature."""

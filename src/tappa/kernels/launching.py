@@ -1,0 +1,52 @@
+"""Where it is decided whether a Triton kernel runs or the reference beside it."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there are no wheels for every platform
+    triton = tl = None
+
+constexpr: Any = int if triton is None else tl.constexpr
+Result = TypeVar("Result")
+_FAILED: set[str] = set()  # kernels that did not compile or start here
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """`triton.jit`, or the function as it is where there is no Triton to run it."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def choose(
+    name: str, at: Tensor, kernel: Callable[[], Result], reference: Callable[[], Result]
+) -> Result:
+    """The result of `kernel` if `at` is on a GPU with Triton, else that of `reference`.
+
+    A kernel that fails is not tried again in this process; one warning says so.
+    """
+    if triton is None or not at.is_cuda or name in _FAILED:
+        return reference()
+    try:
+        return kernel()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise errors of many kinds
+        _FAILED.add(name)
+        told = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"the Triton kernel {name} does not run here, a slower path is used instead: "
+            f"{type(error).__name__}: {told}",
+            stacklevel=3,
+        )
+        return reference()
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The next power of two that a block of this size fits into."""
+    return max(least, 1 << (size - 1).bit_length())
