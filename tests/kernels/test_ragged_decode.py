@@ -86,7 +86,9 @@ def test_half_precision_is_near_the_formula(dtype: torch.dtype) -> None:
 
 def test_queries_need_not_be_contiguous() -> None:
     given = case([31, 5], torch.float32)
-    twin = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+    twin: dict[str, Any] = {
+        name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()
+    }
     given["queries"] = given["queries"].transpose(0, 1).contiguous().transpose(0, 1)
     given["new_keys"] = given["new_keys"].T.contiguous().T
     assert not given["queries"].is_contiguous()

@@ -21,9 +21,9 @@ def segments(lengths: list[int], dim: int, dtype: torch.dtype) -> Segments:
     for start, length in zip(starts, lengths, strict=True):
         keys[start : start + length] = torch.randn(length, dim, generator=generator)
         positions[start : start + length] = torch.arange(longest - length, longest)
-    where = torch.tensor(starts), torch.tensor(lengths, dtype=torch.int32)
-    keys, positions, *where = (x.to(DEVICE) for x in (keys.to(dtype), positions, *where))
-    return Segments(keys, positions, *where, longest)
+    begin = torch.tensor(starts, device=DEVICE)
+    size = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return Segments(keys.to(DEVICE, dtype), positions.to(DEVICE), begin, size, longest)
 
 
 @pytest.mark.parametrize(

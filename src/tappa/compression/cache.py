@@ -89,7 +89,7 @@ class CompressedCache(DynamicCache):
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
-        self._switch, self._probe = switch, probe
+        self.switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
@@ -175,7 +175,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
-        twin._connect(self._switch.renewed(_late(twin._attend)), self._probe)
+        twin._connect(self.switch.renewed(_late(twin._attend)), self._probe)
         return twin
 
     def __deepcopy__(self, memo: dict) -> "CompressedCache":
@@ -224,11 +224,11 @@ class CompressedCache(DynamicCache):
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
         self._positions = arange[0]
-        if self._evicting and seen and new < self._prompt_like:
-            self._make_room(new)
-        self._switch.on()
+        if self.evicting and seen and new < self._prompt_like:
+            self.make_room(new)
+        self.switch.on()
         self._running = True
-        reading = self._evicting and (new >= self._prompt_like or not seen)
+        reading = self.evicting and (new >= self._prompt_like or not seen)
         if reading or self.recorder is not None:
             self._hooks = self._probe.hooks()
         return args, kwargs
@@ -237,7 +237,7 @@ class CompressedCache(DynamicCache):
         if not self._running:
             return
         self._running = False
-        self._switch.off()
+        self.switch.off()
         for hook in self._hooks:
             hook.remove()
         self._failed = output is None
@@ -254,7 +254,7 @@ class CompressedCache(DynamicCache):
         new, seen = ids.shape[1], self.tokens_seen
         if self._failed:
             raise CompressionError("the last forward pass on this cache failed: call reset() first")
-        implementation = self._switch.config._attn_implementation
+        implementation = self.switch.config._attn_implementation
         if implementation not in KERNELS:
             raise CompressionError(
                 f"expected attention by {', '.join(KERNELS)}, the model uses {implementation!r}"
@@ -277,7 +277,7 @@ class CompressedCache(DynamicCache):
         self._valid = None if valid is None or bool(valid.all()) else valid
 
     @property
-    def _evicting(self) -> bool:
+    def evicting(self) -> bool:
         return self.method.rule is not None and not self.frozen
 
     @property
@@ -297,11 +297,11 @@ class CompressedCache(DynamicCache):
         """In place of the model's attention kernel: call it on the tokens held, then compress."""
         if self._probe.probing:
             return self._probe.answer(query, value)
-        kernel = self._switch.own_kernel(module)
+        kernel = self.switch.own_kernel(module)
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
             return kernel(module, query, key, value, attention_mask, **kwargs)
-        if layer.split or (self._switch.wrapped.startswith("flash") and not layer.complete):
+        if layer.split or (self.switch.wrapped.startswith("flash") and not layer.complete):
             done = by_segment(kernel, layer.storage(), module, query, kwargs)
             output: tuple[Tensor, Tensor | None] = (done, None)
         else:
@@ -310,7 +310,7 @@ class CompressedCache(DynamicCache):
         layer.attention, layer.module = attention_of(module, query, kwargs), module
         if self.recorder is not None:
             self.recorder(query, self._channels(layer, 0, slice(0, query.shape[2])))
-        if self._evicting:
+        if self.evicting:
             self.observe(layer, query)
         elif self._valid is not None:
             layer.drop_padding(self._valid)
@@ -331,7 +331,7 @@ class CompressedCache(DynamicCache):
             mine.held, mine.seen = theirs.storage().copy(), theirs.seen
             mine.attention, mine.module, mine.is_initialized = theirs.attention, theirs.module, True
             self._known_rotary = rotary
-            if self._evicting:
+            if self.evicting:
                 self.observe(mine, query, cascade=False)
         self._known_rotary = None
         self.peak_nbytes = full.nbytes
@@ -339,7 +339,7 @@ class CompressedCache(DynamicCache):
     def balance(self) -> None:
         """Cut all layers to the budget."""
         for row in range(len(self.compressed_layers[0].observations)):
-            self._balance(row, self._total(row))
+            self._balance(row, self.total(row))
 
     def observe(self, layer: CompressedLayer, query: Tensor, cascade: bool = True) -> None:
         """Remember what the method needs of the new queries; compress after a piece of prompt.
@@ -407,7 +407,7 @@ class CompressedCache(DynamicCache):
         return self._probe.channels(layer.module, row, tokens, ids)
 
     def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
-        """Cosine and sine of these positions; those of all new tokens are made once for all layers."""
+        """Cosine and sine of these positions; those of all new tokens are made once for all."""
         if positions is not self._positions:
             return rotary.table(positions)
         if id(rotary) not in self._tables:
@@ -441,7 +441,7 @@ class CompressedCache(DynamicCache):
             self._unbalanced = False
             self.balance()
 
-    def _total(self, row: int) -> int:
+    def total(self, row: int) -> int:
         """Tokens that all heads of all layers may hold together."""
         assert self.budget is not None
         first = self.compressed_layers[0]
@@ -451,7 +451,7 @@ class CompressedCache(DynamicCache):
         each = self.budget * first.observations[row].prompt_tokens
         return max(int(each * heads), self.method.least * heads)
 
-    def _make_room(self, new: int) -> None:
+    def make_room(self, new: int) -> None:
         """Before new tokens come, drop as many that the budget holds with them, in one go for
         `every` tokens.
         """
@@ -459,7 +459,7 @@ class CompressedCache(DynamicCache):
         for row in range(self.compressed_layers[0].storage().rows):
             counts = [layer.storage().row_lengths(row) for layer in self.compressed_layers]
             held = sum(sum(count) for count in counts)
-            total = self._total(row)
+            total = self.total(row)
             if held + new * heads > total:
                 room = total - max(new, self.every) * heads
                 self._balance(row, max(room, self.method.least * heads))
@@ -468,28 +468,33 @@ class CompressedCache(DynamicCache):
 
     def _balance(self, row: int, total: int) -> None:
         """Divide a total among the layers seen so far, and cut those that hold more."""
-        rule, pooled = self.method.rule, self.method.sharing == "pooled"
-        assert rule is not None
         layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
         held = [layer.storage().row_lengths(row) for layer in layers]
         if sum(sum(counts) for counts in held) <= total:
             return
-        kv_heads = len(held[0])
-        if pooled:  # a layer is one account
-            capacity = [sum(counts) for counts in held]
-            preference = [sum(layer.preference(row)) for layer in layers]
-        else:
-            capacity = [count for counts in held for count in counts]
-            preference = [p for layer in layers for p in layer.preference(row)]
-        average = total / (kv_heads * len(self.compressed_layers))
-        least = max(self.method.least, int(self.method.layer_floor * average))
-        least *= kv_heads if pooled else 1
-        tokens = allocate(rule, preference, total, least, capacity).tolist()
-        size = 1 if pooled else kv_heads
-        for i, layer in enumerate(layers):
-            counts = tokens[i * size : (i + 1) * size]
-            if sum(counts) < sum(held[i]):
-                layer.cut(row, counts)
+        if self.method.sharing == "pooled":  # a layer is one account
+            held = [[sum(counts)] for counts in held]
+        for layer, counts, limits in zip(layers, held, self.divide(row, held, total), strict=True):
+            if sum(limits) < sum(counts):
+                layer.cut(row, limits)
+
+    def divide(self, row: int, held: list[list[int]], total: int) -> list[list[int]]:
+        """A total for the accounts of the layers seen so far: KV heads, or all of a layer as one.
+
+        `held` is what each account holds, by layer; so is the result what it may hold.
+        """
+        rule, layers = self.method.rule, self.compressed_layers
+        assert rule is not None
+        kv_heads, size = layers[0].storage().kv_heads, len(held[0])
+        preferences = [layer.preference(row) for layer in layers if len(layer.preferences) > row]
+        if size == 1 < kv_heads:
+            preferences = [[sum(each)] for each in preferences]
+        average = total / (kv_heads * len(layers))
+        least = max(self.method.least, int(self.method.layer_floor * average)) * kv_heads // size
+        capacity = [count for counts in held for count in counts]
+        flat = [preference for each in preferences for preference in each]
+        tokens = allocate(rule, flat, total, least, capacity).tolist()
+        return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
 def _remove(handles: tuple[RemovableHandle, ...]) -> None:

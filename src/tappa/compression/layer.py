@@ -156,7 +156,7 @@ class CompressedLayer(CacheLayerMixin):
         self.storage().set_figure("rank", row, ranks)
 
     def cut(self, row: int, limits: list[int]) -> None:
-        """Drop tokens of a row until each KV head (or all together) holds no more than its limit."""
+        """Drop tokens of a row until each KV head (or all together) is within its limit."""
         if row not in self.ranked:
             self.rank(row, self.view(row))
         heads, held = self.ranked[row], self.storage()
@@ -246,6 +246,11 @@ class CompressedLayer(CacheLayerMixin):
         twin.preferences = [self.preference(row) for row in range(len(self.preferences))]
         twin.ranked = dict(self.ranked) if keep_ranks else {}
         return twin
+
+    def take(self, held: RaggedKV, seen: int) -> None:
+        """Go on with these tokens, of so many that were seen."""
+        self.complete = self.complete and min(held.lengths) == seen
+        self.held, self.seen = held, seen
 
     def storage(self) -> RaggedKV:
         """The tokens held."""

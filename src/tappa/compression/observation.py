@@ -120,6 +120,12 @@ class Observation:
             blank = replace(blank, predictability=least)
         return blank
 
+    def restart(self, window: Float[Tensor, "heads window dim"], end: int) -> None:
+        """The last queries are these, before position `end`."""
+        count = window.shape[1]
+        self.window, self.end = window, end
+        self.window_positions = torch.arange(end - count, end, device=window.device)
+
     def tensors(self) -> list[Tensor]:
         """All that takes memory."""
         found = [self.window, self.window_positions]

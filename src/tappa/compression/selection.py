@@ -22,8 +22,9 @@ def head_ranks(scores: Scores, protected: HeadTokens, present: HeadTokens) -> Ra
     Ties go to the earlier token, and so do protected ones, which stay in any case; NaN is the
     lowest score; where nothing is present the rank is behind all others.
     """
-    flat = (x.flatten() for x in (scores, protected, present))
-    return ranks_within(*flat, _head_of_each(scores)).view_as(scores)
+    heads = _head_of_each(scores)
+    ranks = ranks_within(scores.flatten(), protected.flatten(), present.flatten(), heads)
+    return ranks.view_as(scores)
 
 
 def pooled_ranks(scores: Scores, protected: HeadTokens, present: HeadTokens, floor: float) -> Ranks:
@@ -34,7 +35,7 @@ def pooled_ranks(scores: Scores, protected: HeadTokens, present: HeadTokens, flo
     the time. So each head has at least `floor` of an equal share, and the best scores get what is
     left. Source: AdaKV (arXiv 2407.11550), whose safeguard and top-k these queues are.
     """
-    flat = (x.flatten() for x in (scores, protected, present))
+    flat = scores.flatten(), protected.flatten(), present.flatten()
     heads = _head_of_each(scores)
     return ranks_shared(*flat, heads, None, len(scores), floor).view_as(scores)
 
@@ -55,7 +56,8 @@ def ranks_shared(
 ) -> Group:
     """`pooled_ranks` of any number of layers at once, given the head and layer of each token.
 
-    Without `layer` all heads are of one. Heads are numbered through all layers, each of which has `kv_heads`.
+    Without `layer` all heads are of one. Heads are numbered through all layers, each of which has
+    `kv_heads`.
     """
     keys = _keys(scores, protected, present)
     if floor == 0:

@@ -54,13 +54,17 @@ class StackedLayer(CompressedLayer):
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
         super().__init__(parts[0].index, parts[0].method)
         held = RaggedKV.stack([part.storage() for part in parts])
+        self.complete = all(part.complete for part in parts) and held.uniform
+        self.take(held, max(part.seen for part in parts))
+        self.module, self.attention = parts[0].module, parts[0].attention
+        self.is_initialized = True
+
+    def take(self, held: RaggedKV, seen: int) -> None:
+        """Go on with these tokens, of so many that were seen."""
         self.padded_keys, self.padded_values, self.positions = held.padded()
         self.tokens = sum(held.lengths)
         self.alone = held.uniform  # no padding between the tokens
-        self.complete = all(part.complete for part in parts) and self.alone
-        self.seen = max(part.seen for part in parts)
-        self.module, self.attention = parts[0].module, parts[0].attention
-        self.is_initialized = True
+        self.seen = seen
 
     @property
     def held(self) -> RaggedKV | None:

@@ -154,7 +154,7 @@ class RaggedKV:
             whole = torch.ones(len(self.keys), dtype=torch.bool, device=kept.device)
             whole[first:last] = kept
             kept, total = whole, len(self.keys) - sum(lengths) + total
-        self._take(_where(kept, total))
+        self._take(where_true(kept, total))
         self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
 
     def drop_from(self, position: int) -> None:
@@ -226,7 +226,7 @@ class RaggedKV:
         return take
 
 
-def _where(kept: Bool[Tensor, " tokens"], count: int) -> Int[Tensor, " kept"]:
+def where_true(kept: Bool[Tensor, " tokens"], count: int) -> Int[Tensor, " kept"]:
     """Where a mask is true, as often as is known: on a GPU without waiting for it."""
     if not kept.is_cuda:
         return kept.nonzero()[:, 0]

@@ -9,12 +9,14 @@ from torch import Tensor
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language as tl  # kernels take it from here
 except ImportError:  # there are no wheels for every platform
     triton = tl = None
 
+__all__ = ["choose", "constexpr", "jit", "power_of_two", "tl"]
 constexpr: Any = int if triton is None else tl.constexpr
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 _FAILED: set[str] = set()  # kernels that did not compile or start here
 
 
@@ -24,8 +26,8 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 
 def choose(
-    name: str, at: Tensor, kernel: Callable[[], Result], reference: Callable[[], Result]
-) -> Result:
+    name: str, at: Tensor, kernel: Callable[[], Result], reference: Callable[[], Other]
+) -> Result | Other:
     """The result of `kernel` if `at` is on a GPU with Triton, else that of `reference`.
 
     A kernel that fails is not tried again in this process; one warning says so.

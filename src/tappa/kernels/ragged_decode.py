@@ -5,7 +5,7 @@ holds `lengths` tokens, both on the device, so that a captured graph sees them c
 for one more token behind every segment.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -31,9 +31,29 @@ def ragged_decode(
 ) -> Float[Tensor, "segments group value_dim"]:
     """Write the new token behind each segment, then `softmax(scale q.k) v` over all its tokens.
 
-    `lengths` do not count the new token and stay as they are; `longest` is no less than any of
-    them. In place: `keys` and `values`.
+    `lengths` do not count the new token and stay as they are. `longest`, about the largest of them,
+    guides how the work is split, and no more. In place: `keys` and `values`.
     """
+    return _operator(
+        *(queries, new_keys, new_values, keys, values, starts, lengths),
+        *(longest, scale, softcap),
+    )
+
+
+# an operator, so that torch.compile leaves it as it is
+@torch.library.custom_op("tappa::ragged_decode", mutates_args=("keys", "values"))
+def _operator(
+    queries: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
     arguments = (queries, new_keys, new_values, keys, values, starts, lengths)
     return choose(
         "ragged_decode",
@@ -41,6 +61,11 @@ def ragged_decode(
         lambda: ragged_decode_triton(*arguments, longest, scale, softcap),
         lambda: ragged_decode_reference(*arguments, longest, scale, softcap),
     )
+
+
+@_operator.register_fake
+def _shape(queries: Tensor, new_keys: Tensor, new_values: Tensor, *others: Any) -> Tensor:
+    return queries.new_empty(*queries.shape[:2], new_values.shape[1])
 
 
 def ragged_decode_reference(
@@ -55,8 +80,8 @@ def ragged_decode_reference(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "segments group value_dim"]:
-    """The formula, on a padded copy. Does not wait for the device, so that it can be captured."""
-    at = starts + lengths
+    """The formula, on a padded copy."""
+    at, longest = starts + lengths, int(lengths.max())
     keys.index_copy_(0, at, new_keys)
     values.index_copy_(0, at, new_values)
     offset = torch.arange(longest + 1, device=keys.device)

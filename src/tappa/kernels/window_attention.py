@@ -1,8 +1,8 @@
 """What the last queries of a prompt attend to, summed up for every token and KV head.
 
 A query sees the tokens of its KV head at its own position and before; tokens lie in segments of a
-flat buffer, one for each KV head, and a negative position is padding. With attention `w` (softmax of `scale * q.k`) of W queries and a
-group of G query heads for each KV head:
+flat buffer, one for each KV head, and a negative position is padding. With attention `w` (softmax
+of `scale * q.k`) of W queries and a group of G query heads for each KV head:
 
 - `mean` of a token is `w` averaged over queries and group,
 - `variance` is the sample variance of `w` over the queries (0 for W = 1), averaged over the group,
