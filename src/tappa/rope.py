@@ -44,6 +44,14 @@ class RotaryChannels:
         return _as_slice(self.second)
 
     @property
+    def evenly(self) -> tuple[int, int, int] | None:
+        """Where pairs begin and their step, if dimensions `a + i s` and `b + i s` turn together."""
+        first, second = self._first, self._second
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or first.step != second.step:
+            return None
+        return first.start, second.start, first.step
+
+    @property
     def dim(self) -> int:
         """Head size: two dimensions for each pair, and those that are not rotated."""
         return 2 * len(self.first) + len(self.unrotated)

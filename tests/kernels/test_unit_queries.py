@@ -30,6 +30,15 @@ def test_the_kernel_is_the_formula(pairs: int, rest: int, interleaved: bool, tok
     expected, count = unit_query_sums_reference(queries, table, rotary)
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(squares, count, atol=1e-5, rtol=1e-5)
+    if pairs == 3:  # the same channels in an order that is no slice
+        mixed = torch.tensor([2, 0, 1], device=DEVICE)
+        first, second, theta = (x[mixed] for x in (rotary.first, rotary.second, rotary.theta))
+        rotary = RotaryChannels(first, second, theta, rotary.unrotated)
+        assert rotary.evenly is None
+        table = rotary.table(torch.arange(1000, 1000 + tokens, device=DEVICE))
+        torch.testing.assert_close(
+            unit_query_sums_triton(queries, table, rotary)[0], expected, atol=1e-5, rtol=1e-5
+        )
     assert squares.tolist() == pytest.approx([tokens, tokens - 1, tokens], abs=1e-4)
 
 

@@ -73,7 +73,7 @@ class Decoder:
         """Read the last token, choose the next one."""
         chosen = choose_tokens(read(self.tokens, self.position_ids), self.temperature)
         chosen = chosen.masked_fill(self.finished, self.pad)
-        self.finished |= torch.isin(chosen, self.ends)
+        self.finished |= (chosen[:, None] == self.ends).any(1)
         self.written.index_copy_(1, self.count, chosen[:, None])
         self.tokens.copy_(chosen[:, None])
         self.count += 1

@@ -55,15 +55,17 @@ def unit_query_sums_triton(
     cos, sin = table
     pairs, rest = len(rotary.first), len(rotary.unrotated)
     blocks = -(-tokens // TOKENS)
+    one, other, step = rotary.evenly or (0, 0, 0)
     sums = queries.new_empty(blocks, heads, dim, dtype=torch.float32)
     squares = queries.new_empty(blocks, heads, dtype=torch.float32)
     _sum_units[(blocks,)](
         *(queries, cos, sin, rotary.first, rotary.second, rotary.unrotated, sums, squares),
         *queries.stride(),
-        *(heads, tokens, dim, pairs, rest),
+        *(heads, tokens, dim, pairs, rest, one, other, step),
         TOKENS=TOKENS,
         PAIRS=power_of_two(max(pairs, 1)),
         REST=power_of_two(rest) if rest else 0,
+        EVENLY=rotary.evenly is not None,
     )
     return sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64)
 
@@ -72,8 +74,8 @@ def unit_query_sums_triton(
 @no_type_check
 def _sum_units(
     queries, cos, sin, first, second, unrotated, sums, squares,
-    head_stride, token_stride, dim_stride, heads, tokens, dim, pairs, rest,
-    TOKENS: constexpr, PAIRS: constexpr, REST: constexpr,
+    head_stride, token_stride, dim_stride, heads, tokens, dim, pairs, rest, begin, behind, step,
+    TOKENS: constexpr, PAIRS: constexpr, REST: constexpr, EVENLY: constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -83,8 +85,12 @@ def _sum_units(
     turn = token[:, None] * pairs + pair
     c = tl.load(cos + turn, mask=here[:, None] & there, other=0.0)
     s = tl.load(sin + turn, mask=here[:, None] & there, other=0.0)
-    one = tl.load(first + pair, mask=there, other=0)
-    other = tl.load(second + pair, mask=there, other=0)
+    if EVENLY:  # so that the compiler sees neighbours in memory
+        one = begin + pair * step
+        other = behind + pair * step
+    else:
+        one = tl.load(first + pair, mask=there, other=0)
+        other = tl.load(second + pair, mask=there, other=0)
     for head in range(heads):
         row = queries + head * head_stride + token[:, None] * token_stride
         inside = here[:, None] & there
