@@ -27,8 +27,8 @@ def readers(model: PreTrainedModel, press: bool) -> dict[str, Callable[[torch.Te
         run(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def compressed(ids: torch.Tensor, method: str = "tappa") -> CompressedCache:
-        cache = tappa.compressed(model, method, BUDGET)
+    def compressed(ids: torch.Tensor) -> CompressedCache:
+        cache = tappa.compressed(model, "tappa", BUDGET)
         run(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
@@ -38,9 +38,9 @@ def readers(model: PreTrainedModel, press: bool) -> dict[str, Callable[[torch.Te
         with SnapKVPress(compression_ratio=1 - BUDGET / ids.shape[1], window_size=32)(model):
             return full(ids)
 
-    if press:
-        return {"full": full, "kvpress_snapkv": by_press}
-    return {"full": full, "tappa": compressed, "snapkv": lambda ids: compressed(ids, "snapkv")}
+    return (
+        {"full": full, "kvpress_snapkv": by_press} if press else {"full": full, "tappa": compressed}
+    )
 
 
 def measure(model: PreTrainedModel, tokens: int, runs: int, press: bool) -> dict[str, Any]:
