@@ -14,6 +14,7 @@ import tappa.kernels
 import tappa.models
 from kernel_checks import poisoned
 from tappa.cli import main
+from tappa.kernels import launching
 from tappa.models import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
@@ -55,9 +56,9 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, poison: None) -> list[str]:
             ran.append(kernel)
         return result
 
-    monkeypatch.setattr(tappa.kernels, "_triton_runs_on", lambda x: True)
+    monkeypatch.setattr(launching, "runs_on", lambda x: True)
     monkeypatch.setattr(tappa.kernels, "_attempt", noted)
-    monkeypatch.setattr(tappa.kernels, "_failed", set())
+    monkeypatch.setattr(launching, "FAILED", set())
     return ran
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -44,12 +44,20 @@ class RotaryChannels:
         return _as_slice(self.second)
 
     @property
+    def evenly(self) -> tuple[int, int, int] | None:
+        """Where pairs begin and their step, if dimensions `a + i s` and `b + i s` turn together."""
+        first, second = self._first, self._second
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or first.step != second.step:
+            return None
+        return first.start, second.start, first.step
+
+    @property
     def slices(self) -> tuple[slice, slice] | None:
         """First and second dimensions of the channels, where they are evenly spaced and all."""
         first, second = self._first, self._second
-        if not isinstance(first, slice) or not isinstance(second, slice):
+        if self.evenly is None or len(self.unrotated):
             return None
-        return None if len(self.unrotated) or first.step != second.step else (first, second)
+        return cast(slice, first), cast(slice, second)
 
     @cached_property
     def turn(self) -> Float[Tensor, "2 pairs"]:
@@ -87,11 +95,26 @@ class RotaryChannels:
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
+        return self.turn_back(x, *self.table(positions))
+
+    def turn_back(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        cos: Float[Tensor, "*#batch tokens pairs"],
+        sin: Float[Tensor, "*#batch tokens pairs"],
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`unrotate` with the tables of the positions."""
+        return self._turn(x, cos, -sin)
+
+    def table(
+        self, positions: Int[Tensor, "*batch tokens"]
+    ) -> tuple[Float[Tensor, "*batch tokens pairs"], Float[Tensor, "*batch tokens pairs"]]:
+        """Cosine and sine of `p * theta`; those of the last positions are remembered."""
         known, tables = self._latest.get("tables", (None, None))
         if known is None or known.device != positions.device or not torch.equal(known, positions):
             tables = self._angles(positions)
             self._latest["tables"] = positions.clone(), tables
-        return self._turn(x, tables[0], -tables[1])
+        return tables
 
     def unrotate_from(
         self, x: Float[Tensor, "*batch tokens dim"], start: int

@@ -9,6 +9,7 @@ from kernel_checks import check_sums
 from tappa import kernels
 from tappa.attention_profile import Attention, attention_profile
 from tappa.capture import prefill
+from tappa.kernels import launching
 from tappa.layer_statistics import PromptLayer, Settings
 from tiny import tiny_model
 
@@ -22,9 +23,8 @@ def test_no_kernel_runs_on_a_cpu() -> None:
 
 
 def test_no_kernel_runs_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    x = torch.zeros(1, 1, 1)
-    assert not kernels._triton_runs_on(x)
+    monkeypatch.setattr(launching, "triton", None)
+    assert not launching.runs_on(torch.zeros(1, 1, 1))
 
 
 def test_a_failure_warns_once_and_the_blocks_take_over(
@@ -37,12 +37,12 @@ def test_a_failure_warns_once_and_the_blocks_take_over(
 
     queries, keys = vectors()
     monkeypatch.setattr(tappa.kernels.profile, "profile_sums", broken)
-    with pytest.warns(RuntimeWarning, match="attention profile kernel failed.*PassManager") as told:
+    with pytest.warns(RuntimeWarning, match="kernel attention profile failed.*PassManager") as told:
         first = attention_profile(queries, keys, Attention(0.3), 5)
     assert "page" not in str(told[0].message)
     with warnings.catch_warnings(action="error"):
         second = attention_profile(queries, keys, Attention(0.3), 5)
-    monkeypatch.setattr(kernels, "_triton_runs_on", lambda x: False)
+    monkeypatch.setattr(launching, "runs_on", lambda x: False)
     expected = attention_profile(queries, keys, Attention(0.3), 5)
     assert on_kernels == []
     for profile in (first, second):
@@ -78,5 +78,5 @@ def test_all_figures_of_a_layer_are_the_same(
 
     with_kernels = figures()
     assert set(on_kernels) == {"attention profile", "similarity", "autocorrelation"}
-    monkeypatch.setattr(kernels, "_triton_runs_on", lambda x: False)
+    monkeypatch.setattr(launching, "runs_on", lambda x: False)
     check_sums(with_kernels, figures())

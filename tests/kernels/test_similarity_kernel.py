@@ -7,6 +7,7 @@ from torch import Tensor
 from kernel_checks import check_sums
 from tappa import kernels
 from tappa.channels import ChannelSums, best_season
+from tappa.kernels import launching
 from tappa.kernels.similarity import Tiles, vector_sums
 from tappa.rope import RotaryChannels
 from tappa.similarity import SelfSimilarity, autocorrelation, lag_counts
@@ -99,7 +100,7 @@ def test_autocorrelation_and_season(on_kernels: list[str], monkeypatch: pytest.M
     x = vectors(67, 8) + 2 * torch.arange(67)[:, None].mul(2 * torch.pi / 11).cos()
     curve, season = autocorrelation(x, 23), best_season(x, x[:1], 23)
     assert set(on_kernels) == {"autocorrelation"}
-    monkeypatch.setattr(kernels, "_triton_runs_on", lambda x: False)
+    monkeypatch.setattr(launching, "runs_on", lambda x: False)
     torch.testing.assert_close(curve, autocorrelation(x, 23), atol=1e-3, rtol=0)
     assert season.tolist() == best_season(x, x[:1], 23).tolist()
     assert int(lag_counts(67, 67, 23)[0]) == 67

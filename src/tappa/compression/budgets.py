@@ -57,10 +57,14 @@ class Rule:
     binary: bool = False
     calibrated: "Rule | None" = None
 
-    def prefer(self, evidence: Evidence) -> list[float]:
+    def weigh(self, evidence: Evidence) -> Float[Tensor, " kv_heads"]:
         """The preference of every KV head; NaN and infinity count as none."""
         value = self.preference(evidence).double().nan_to_num(0, 0, 0).clamp_min(0)
-        return (value if self.per_head else value.mean().expand_as(value)).tolist()
+        return value if self.per_head else value.mean().expand_as(value)
+
+    def prefer(self, evidence: Evidence) -> list[float]:
+        """`weigh` as numbers, for which the CPU waits where the evidence is on a GPU."""
+        return self.weigh(evidence).tolist()
 
 
 def uniform() -> Rule:

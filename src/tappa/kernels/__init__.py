@@ -1,25 +1,23 @@
-"""Triton kernels: which functions have one, and when it runs. The only place that chooses.
+"""Triton kernels of the analysis: which functions have one. `launching` decides when it runs.
 
 Each function here returns None where its caller has to compute the same in another way: on a CPU,
 without Triton, on shapes or types that the kernel does not take, and after it failed to compile or
-to launch, of which one warning tells. Triton is imported only here, and only where there is a GPU.
+to launch, of which one warning tells.
 """
 
-import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tappa.kernels.launching import choose
 from tappa.kernels.sums import VectorSums
 from tappa.rope import RotaryChannels
 
 Result = TypeVar("Result")
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
-_failed: set[str] = set()  # kernels that are not tried again in this process
 
 
 def profile_sums(
@@ -81,27 +79,8 @@ def vector_sums(
 
 
 def _attempt(kernel: str, run: Callable[[], Result], *vectors: Tensor) -> Result | None:
-    """What `run` returns, or None where the kernel cannot serve or just failed."""
-    if kernel in _failed or not _triton_runs_on(vectors[0]) or not _taken(*vectors):
-        return None
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what compilers and drivers raise has no type in common
-        _failed.add(kernel)
-        reason = next(iter(str(error).splitlines()), "")
-        warnings.warn(
-            f"the {kernel} kernel failed, tappa goes on without it, more slowly: "
-            f"{type(error).__name__}: {reason}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return None
-
-
-def _triton_runs_on(x: Tensor) -> bool:
-    return x.is_cuda and importlib.util.find_spec("triton") is not None
+    """What `run` returns, or None where the kernel cannot serve or fails."""
+    return choose(kernel, vectors[0], run, lambda: None) if _taken(*vectors) else None
 
 
 def _taken(*vectors: Tensor) -> bool:
