@@ -199,6 +199,7 @@ def steps(model: PreTrainedModel, compiled: bool) -> dict[str, Any]:
             continue  # a minute of compilation for each
         run = ready(model, filled(lengths, 64, kind), compiled)
         result[name] = step_ms(run)
+        print(json.dumps({name: result[name]}), flush=True)
         if name == "head_wise":
             print(name, "of 4 steps", *kernels(lambda run=run: run(4), 20), sep="\n", flush=True)
         del run
