@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
     "errors",
     "files",
+    "interrupts",
     "texts",
     "checkpoint",
     "models",
@@ -17,6 +18,7 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
+    "tensor_parallel",
     "rotary_probe",
     "capture",
     "channels",
@@ -31,6 +33,7 @@ ORDER = [
     "evaluation",
     "verification",
     "report",
+    "cluster",
     "kernels",
     "integrations",
     "display",

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, load_model, quiet
 from tappa.errors import ModelError
 
-__all__ = ["LoadedModel", "context_length", "load", "require_rope"]
+__all__ = ["LoadedModel", "context_length", "load", "local_path", "require_rope"]
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,6 +77,12 @@ def load(
         model.to(place)  # type: ignore[arg-type]
     model.config._name_or_path = model.name_or_path = label
     return LoadedModel(model.eval().requires_grad_(False), tokenizer)
+
+
+def local_path(name: str | None = None) -> Path | None:
+    """Where a model that `load` takes lies on this machine; None for one of the hub."""
+    path = Path(_default_source() if name is None else name).expanduser()
+    return path if path.exists() else None
 
 
 def context_length(model: PreTrainedModel) -> int | None:

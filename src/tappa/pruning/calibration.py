@@ -25,7 +25,7 @@ from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
 
 SCHEMA = "tappa.calibration/1"
-EVERY = 8  # windows after which a resumable calibration is written
+EVERY = 4  # windows whose sums are added up first, then merged and written
 _ARRAYS = ("cosines", "similarity", "output")
 Progress = Callable[[int, int], None]
 
@@ -145,37 +145,60 @@ def calibrate_on(
     progress: Progress | None = None,
 ) -> Calibration:
     """`calibrate` on windows of token ids."""
-    known, first = None, 0
-    identity = digest_of(windows.digest, fingerprint(model)) if state is not None else ""
+    known: Calibration | None = None
+    identity = identity_of(model, windows) if state is not None else ""
     if state is not None and Path(state).is_file():
-        known, first = _resume(Path(state), identity, model, windows)
-    sums = _Sums(model)
-    for number in range(first, len(windows.ids)):
-        if progress is not None:
-            progress(number, len(windows.ids))
-        sums.see(windows.ids[number])
-        last = number == len(windows.ids) - 1
-        if last or (state is not None and sums.windows % EVERY == 0):
-            found = sums.calibration(windows.settings)
-            known = found if known is None else known.merge(found)
-            sums = _Sums(model)
-            if state is not None:
-                content = {"windows": identity, "done": number + 1}
-                known.save(state)
-                write_atomic(_notes(Path(state)), json.dumps(content))
+        known = resume(Path(state), identity, model, windows)
+    total = len(windows.ids)
+    for start in range(known.windows if known is not None else 0, total, EVERY):
+        ids = windows.ids[start : start + EVERY]
+        found = calibrate_piece(model, ids, windows.settings, start, total, progress)
+        known = found if known is None else known.merge(found)
+        if state is not None:
+            keep(known, Path(state), identity)
     if progress is not None:
-        progress(len(windows.ids), len(windows.ids))
+        progress(total, total)
     assert known is not None  # Windows.of refuses to return none
     return known
+
+
+def calibrate_piece(
+    model: PreTrainedModel,
+    ids: Sequence[list[int]],
+    settings: dict[str, int],
+    start: int = 0,
+    total: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """The calibration on at most EVERY windows, the unit in which sums are merged.
+
+    They are the `start`-th and following ones of `total`.
+    """
+    sums = _Sums(model)
+    for number, window in enumerate(ids, start):
+        if progress is not None:
+            progress(number, total)
+        sums.see(window)
+    return sums.calibration(settings)
+
+
+def identity_of(model: PreTrainedModel, windows: Windows) -> str:
+    """What decides a calibration."""
+    return digest_of(windows.digest, fingerprint(model))
+
+
+def keep(known: Calibration, state: Path, identity: str) -> None:
+    """Write what is known so far, to be taken up by `resume`. Raises OutputError."""
+    known.save(state)
+    write_atomic(_notes(state), json.dumps({"windows": identity, "done": known.windows}))
 
 
 def _notes(state: Path) -> Path:
     return state.with_name(state.name + ".progress")
 
 
-def _resume(
-    state: Path, identity: str, model: PreTrainedModel, windows: Windows
-) -> tuple[Calibration, int]:
+def resume(state: Path, identity: str, model: PreTrainedModel, windows: Windows) -> Calibration:
+    """What a run with this state knew. Raises PruningError where it is of other work."""
     found = Calibration.load(state)
     notes = _notes(state)
     try:
@@ -190,7 +213,7 @@ def _resume(
             f"{state} is of another model, other texts or other windows: choose another file, "
             "or delete it"
         )
-    return replace(found, model=here), found.windows
+    return replace(found, model=here)
 
 
 @dataclass
