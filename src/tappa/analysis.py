@@ -20,6 +20,7 @@ from tappa.files import write_atomic
 from tappa.layer_statistics import LayerStatistics, PromptLayer, Settings
 from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
+from tappa.tensor_parallel import HeadShards
 from tappa.texts import encode_texts
 
 SCHEMA = "tappa.analysis/1"
@@ -195,6 +196,7 @@ def analyze_prompts(
     step: Callable[[], None] = lambda: None,
 ) -> Analysis:
     """The analysis of one shard; `step` is called after every layer."""
+    shards, described = HeadShards.of(model), describe(model)
     merged: Analysis | None = None
     for ids in prompts:
         layers: dict[int, PromptLayer] = {}
@@ -204,8 +206,11 @@ def analyze_prompts(
             step()
 
         prefill(model, torch.tensor([ids]), consume, chunk=chunk, logits_to_keep=1)
-        statistics = [layers[index].statistics() for index in sorted(layers)]
-        prompt = Analysis(describe(model), [len(ids)], statistics, settings)
+        statistics = [
+            layers[index].statistics().of_all_ranks(shards, described["heads"])
+            for index in sorted(layers)
+        ]
+        prompt = Analysis(described, [len(ids)], statistics, settings)
         merged = prompt if merged is None else merged.merge(prompt)
     assert merged is not None  # encode_texts refuses to return nothing
     return merged

@@ -73,8 +73,10 @@ def expected_persistence(
     """
     model = QueryModel.of(view.rotary, queries)
     generator = torch.Generator().manual_seed(0)
-    shape = (3, *rows.shape, queries.shape[-1])
-    noise = torch.randn(shape, generator=generator).to(queries)
+    heads = len(rows) * view.shards.ranks  # a head's noise is the same on whatever rank it is
+    shape = (3, heads, rows.shape[1], queries.shape[-1])
+    every = torch.randn(shape, generator=generator).to(queries)
+    noise = view.shards.mine(every.transpose(0, 1)).transpose(0, 1)
 
     def attend(u: Int[Tensor, " heads"], fresh: Tensor | None) -> Tensor:
         mixed = noise[0]

@@ -1,9 +1,10 @@
 """Who does the pieces of a job: this process (InProcess), or workers of a cluster (ray_pool)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -89,13 +90,14 @@ class Failed:
         return f"{self.name}: {self.reason}"
 
 
-class Pool(Protocol):
+class Pool(ABC):
     """Workers. `source` is the model they are for; `retried` says which attempts failed so far."""
 
     source: ModelSource
     workers: int
     retried: list[str]
 
+    @abstractmethod
     def run(self, task: Task, jobs: Mapping[str, Any]) -> Iterator[Finished | Failed]:
         """Do all jobs (name -> payload), in any order; what is done is yielded at once.
 
@@ -103,11 +105,10 @@ class Pool(Protocol):
         are finished and no others begun, at the second all stops. Raises the TappaError of a task
         as it is: what its caller must put right goes wrong everywhere.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the workers."""
-        ...
 
 
 def call(pool: Pool, task: Task, payload: Any) -> Any:
@@ -119,7 +120,7 @@ def call(pool: Pool, task: Task, payload: Any) -> Any:
     raise KeyboardInterrupt
 
 
-class InProcess:
+class InProcess(Pool):
     """One worker: this process. Nothing else is needed."""
 
     workers = 1

@@ -29,6 +29,7 @@ from tappa.cluster.pool import (
     Finished,
     ModelSource,
     Placement,
+    Pool,
     Task,
     Worker,
     device_for,
@@ -68,7 +69,7 @@ class _Ticket:
     payload: Any = None
 
 
-class RayPool:
+class RayPool(Pool):
     """Actors of a Ray cluster as workers. See Pool; `close` when done.
 
     Raises ClusterError for an address that does not answer, for more than the cluster has, and

@@ -31,6 +31,7 @@ from tappa.interface import AttentionSwitch, attention_of
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
+from tappa.tensor_parallel import HeadShards
 
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
@@ -68,6 +69,7 @@ class CompressedCache(DynamicCache):
         self.frozen = False  # nothing is dropped any more
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
+        self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
         kinds = {type(layer) for layer in self.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
         if kinds:
@@ -82,7 +84,7 @@ class CompressedCache(DynamicCache):
                 f"all layers of {type(model).__name__} use a sliding window: nothing to compress"
             )
         for index, layer in enumerate(full):
-            self.layers[layer] = CompressedLayer(index, method)
+            self.layers[layer] = CompressedLayer(index, method, self.shards)
         self._connect(AttentionSwitch(model, _late(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
@@ -306,7 +308,7 @@ class CompressedCache(DynamicCache):
         if self._evicting:
             self.observe(layer, query)
         elif self._valid is not None:
-            layer.drop_padding(self._valid)
+            layer.drop_padding(self._valid.to(query.device))
         return output
 
     # ---- compression
@@ -340,6 +342,7 @@ class CompressedCache(DynamicCache):
         Without `cascade` nothing is dropped yet.
         """
         new, valid = query.shape[2], self._valid
+        valid = None if valid is None else valid.to(query.device)
         start = layer.seen - new
         prompt = start == 0 or new >= self._prompt_like
         if prompt:
@@ -400,6 +403,7 @@ class CompressedCache(DynamicCache):
         assert rule is not None
         held = layer.storage()
         blank = Evidence(layer.index, len(layers), held.kv_heads)
+        gather = self.shards.gather
         preferences = []
         for row, seen in enumerate(layer.observations):
             tokens = replace(layer.view(row), call=self._probe.latest)
@@ -407,14 +411,14 @@ class CompressedCache(DynamicCache):
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                preferences.append(rule.prefer(seen.evidence(blank, rule, tokens)))
+                preferences.append(rule.prefer(seen.evidence(blank, rule, tokens).over(gather)))
         layer.preferences = preferences
 
     def _total(self, row: int) -> int:
         """Tokens that all heads of all layers may hold together."""
         assert self.budget is not None
         first = self.compressed_layers[0]
-        heads = first.storage().kv_heads * len(self.compressed_layers)
+        heads = first.storage().kv_heads * self.shards.ranks * len(self.compressed_layers)
         if isinstance(self.budget, int):
             return self.budget * heads
         each = self.budget * first.observations[row].prompt_tokens
@@ -424,9 +428,10 @@ class CompressedCache(DynamicCache):
         """Before new tokens come, drop as many that the budget holds with them, in one go for
         `every` tokens.
         """
-        heads = sum(layer.storage().kv_heads for layer in self.compressed_layers)
-        for row in range(self.compressed_layers[0].storage().rows):
-            counts = [layer.storage().row_lengths(row) for layer in self.compressed_layers]
+        layers = self.compressed_layers
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        for row in range(layers[0].storage().rows):
+            counts = self._lengths(layers, row)
             held = sum(sum(count) for count in counts)
             total = self._total(row)
             if held + new * heads > total:
@@ -440,7 +445,7 @@ class CompressedCache(DynamicCache):
         rule, pooled = self.method.rule, self.method.sharing == "pooled"
         assert rule is not None
         layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
-        held = [layer.storage().row_lengths(row) for layer in layers]
+        held = self._lengths(layers, row)
         if sum(sum(counts) for counts in held) <= total:
             return
         kv_heads = len(held[0])
@@ -458,7 +463,14 @@ class CompressedCache(DynamicCache):
         for i, layer in enumerate(layers):
             counts = tokens[i * size : (i + 1) * size]
             if sum(counts) < sum(held[i]):
-                layer.cut(row, counts)
+                layer.cut(row, counts if pooled else self.shards.mine(counts))
+
+    def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
+        """Tokens that each KV head of these layers holds, on other ranks of a split model too."""
+        mine = [layer.storage().row_lengths(row) for layer in layers]
+        if self.shards.ranks == 1 or not mine:
+            return mine
+        return self.shards.gather(torch.tensor(mine).mT).mT.tolist()
 
 
 def _remove(handles: tuple[RemovableHandle, ...]) -> None:

@@ -11,10 +11,11 @@ from tappa.attention_profile import Attention
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import TokenView
-from tappa.compression.selection import head_ranks, pooled_ranks
+from tappa.compression.selection import HeadTokens, Ranks, Scores, head_ranks, pooled_ranks
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
 from tappa.interface import Attend
+from tappa.tensor_parallel import HeadShards
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -24,9 +25,9 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, index: int, method: Method) -> None:
+    def __init__(self, index: int, method: Method, shards: HeadShards) -> None:
         super().__init__()
-        self.index, self.method = index, method
+        self.index, self.method, self.shards = index, method, shards
         self.reset()
 
     def reset(self) -> None:
@@ -148,11 +149,17 @@ class CompressedLayer(CacheLayerMixin):
         protected = late | (tokens.positions < seen.first + method.sinks)
         scores = method.scorer.score(tokens)
         if method.sharing == "pooled":
-            ranks = pooled_ranks(scores, protected, tokens.present, method.floor)
+            ranks = self._pooled_ranks(scores, protected, tokens.present)
         else:
             ranks = head_ranks(scores, protected, tokens.present)
         self.storage().set_figure("rank", row, ranks)
         self.ranked.add(row)
+
+    def _pooled_ranks(self, scores: Scores, protected: HeadTokens, present: HeadTokens) -> Ranks:
+        """Among the tokens of all KV heads, those on other ranks of a split model included."""
+        gather, floor = self.shards.gather_padded, self.method.floor
+        every = gather(scores, 0.0), gather(protected, False), gather(present, False)
+        return self.shards.mine(pooled_ranks(*every, floor))[:, : scores.shape[1]]
 
     def cut(self, row: int, counts: list[int]) -> None:
         """Drop tokens of a row until each KV head (or all together) holds its count."""
@@ -224,7 +231,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def copy(self, keep_ranks: bool = False) -> "CompressedLayer":
         """An independent copy; without `keep_ranks` its tokens are to be ranked anew."""
-        twin = CompressedLayer(self.index, self.method)
+        twin = CompressedLayer(self.index, self.method, self.shards)
         twin.__dict__.update(self.__dict__)
         twin.held = self.held.copy() if self.held is not None else None
         twin.observations = [_copy(o) for o in self.observations]

@@ -61,7 +61,7 @@ class StackedLayer(CompressedLayer):
     """
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         held = RaggedKV.stack([part.storage() for part in parts])
         self.padded_keys, self.padded_values, self.positions = held.padded()
         self.tokens = sum(held.lengths)
@@ -156,7 +156,7 @@ class PackedLayer(CompressedLayer):
     ROOM = 64  # tokens that may come before segments are moved
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         self.module, self.attention = parts[0].module, parts[0].attention
         self.seen = max(part.seen for part in parts)
         self.complete, self.is_initialized = False, True

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ SCHEMA = 1
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Asked(Protocol):
     """What names a sample: a Sample, or its name alone where the sample is elsewhere."""
 

@@ -23,6 +23,7 @@ from tappa.files import digest_of, write_atomic
 from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
+from tappa.tensor_parallel import HeadShards, local
 
 SCHEMA = "tappa.calibration/1"
 EVERY = 4  # windows whose sums are added up first, then merged and written
@@ -229,6 +230,7 @@ class _Sums:
 
     def __post_init__(self) -> None:
         layers, (heads, _) = decoder_layers(self.model), heads_of(self.model)
+        heads //= HeadShards.of(self.model).ranks
         self.cosines = torch.zeros(len(layers), dtype=torch.float64)
         self.similarity = torch.zeros(len(layers), heads, dtype=torch.float64)
         self.output = torch.zeros(len(layers), heads, dtype=torch.float64)
@@ -250,7 +252,9 @@ class _Sums:
 
     def calibration(self, settings: dict[str, int]) -> Calibration:
         """What was seen."""
-        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS}
+        gather = HeadShards.of(self.model).gather
+        arrays = {name: gather(getattr(self, name).mT).mT.numpy() for name in _ARRAYS[1:]}
+        arrays["cosines"] = self.cosines.numpy()
         return Calibration(describe(self.model), settings, self.windows, self.tokens, **arrays)
 
 
@@ -290,14 +294,16 @@ class _SeenLayer:
         if args[0].shape[:-1] != self.x.shape[:-1]:
             return  # the capture tries the module alone, on zeros
         parts = args[0].float().flatten(0, -2).unflatten(-1, (self.output.shape[1], -1))
-        weight = module.weight.float().unflatten(1, (self.output.shape[1], -1))
+        weight = local(module.weight).float().unflatten(1, (self.output.shape[1], -1))
         gram = torch.einsum("ohd,ohe->hde", weight, weight)
         squares = torch.einsum("thd,hde,the->th", parts, gram, parts).clamp_min(0)
-        size = self.x.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        x = self.x.to(parts.device)  # where layers lie on several devices, it comes from the last
+        size = x.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-30)
         self.output[self.number] += (squares.sqrt() / size).double().sum(0).cpu()
 
     def after(self, module: nn.Module, args: tuple, out: Any) -> None:
         """The hidden states that go out."""
         y = (out[0] if isinstance(out, tuple) else out).float()
-        self.cosines[self.number] += cosine_similarity(self.x, y, dim=-1).double().sum().cpu()
+        x = self.x.to(y.device)
+        self.cosines[self.number] += cosine_similarity(x, y, dim=-1).double().sum().cpu()
         self.x = torch.empty(0)

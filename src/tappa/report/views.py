@@ -16,6 +16,7 @@ from tappa.capture import LayerView, prefill
 from tappa.compression import record
 from tappa.errors import CompressionError, ReportError
 from tappa.files import write_atomic
+from tappa.tensor_parallel import HeadShards
 from tappa.texts import encode_texts
 
 TOKENS = 512  # of the text that is shown
@@ -93,7 +94,9 @@ def look(
         parts.append(picture(view.queries, view.keys, view.attention, size))
 
     prefill(model, torch.tensor([ids]), consume, logits_to_keep=1)
-    maps, keys, weights = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
+    gather = HeadShards.of(model).gather
+    every = [tuple(map(gather, part)) for part in parts]
+    maps, keys, weights = (torch.cat(x).numpy() for x in zip(*every, strict=True))
     budget = max(int(len(ids) * BUDGET), 40)
     kept = _kept(model, ids, methods, budget)
     texts = [str(tokenizer.decode([i])) for i in ids]
@@ -145,16 +148,16 @@ def _kept(
         recording = record(model, torch.tensor([list(ids)]))
     except CompressionError:  # a model that can be analysed, but whose cache is of another kind
         return np.zeros((0, 0, len(ids)), np.uint8)
-    found = []
+    found, gather = [], HeadShards.of(model).gather
     for method in methods:
         cache = recording.compress(method, [budget])[0]
-        rows = []
+        rows: list[Tensor] = []
         for layer in cache.compressed_layers:
             held = layer.storage()
             split = held.figures["position"].split(held.lengths)
-            for positions in split:
-                mask = torch.zeros(len(ids), dtype=torch.uint8)
+            masks = torch.zeros(len(split), len(ids), dtype=torch.uint8)
+            for mask, positions in zip(masks, split, strict=True):
                 mask[positions.cpu().long()] = 1
-                rows.append(mask)
+            rows += gather(masks)
         found.append(torch.stack(rows))
     return torch.stack(found).numpy()
