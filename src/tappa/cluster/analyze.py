@@ -135,13 +135,13 @@ def _look(worker: Worker, payload: tuple[ModelSource, str, int]) -> Views:
 def write_sums(analysis: Analysis, path: Path) -> Path:
     """The sums of an Analysis as safetensors, atomically; no figures, which follow from them."""
     arrays = {
-        f"{number}.{name}": np.ascontiguousarray(value)
+        f"{number}.{name}": np.asarray(value, order="C")
         for number, layer in enumerate(analysis.layers)
         for name, value in layer.sums.items()
     }
     layers = [
-        {"layer": layer.layer, "theta": layer.theta, "scale": layer.scale}
-        for layer in analysis.layers
+        {"layer": x.layer, "theta": x.theta, "scale": x.scale, "sums": list(x.sums)}
+        for x in analysis.layers
     ]
     notes = {
         "model": analysis.model,
@@ -157,14 +157,13 @@ def read_sums(path: Path) -> Analysis:
     try:
         with safe_open(path, "numpy") as file:
             notes = json.loads(file.metadata()["analysis"])
-            sums: list[dict[str, np.ndarray]] = [{} for _ in notes["layers"]]
-            for key in file.keys():  # noqa: SIM118  (no dictionary)
-                number, _, name = key.partition(".")
-                sums[int(number)][name] = file.get_tensor(key)
-        layers = [
-            LayerStatistics(**layer, sums=part)
-            for layer, part in zip(notes["layers"], sums, strict=True)
-        ]
+            layers = [
+                LayerStatistics(
+                    *(layer["layer"], layer["theta"], layer["scale"]),
+                    {name: file.get_tensor(f"{number}.{name}") for name in layer["sums"]},
+                )
+                for number, layer in enumerate(notes["layers"])
+            ]
         return Analysis(notes["model"], notes["prompts"], layers, Settings(**notes["settings"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         raise AnalysisFileError(f"cannot read the sums {path}: {first_line(error)}") from error
