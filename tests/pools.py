@@ -14,6 +14,7 @@ from tappa.analysis import Analysis
 from tappa.cluster.analyze import _analyze_shard
 from tappa.cluster.pool import Failed, Finished, InProcess, ModelSource, Pool, Task, Worker
 from tappa.errors import TextError
+from tappa.files import write_atomic
 
 TEXTS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune"[n:]
@@ -79,12 +80,15 @@ def raises_until(worker: Worker, payload: tuple[Path, int]) -> int:
     return calls
 
 
-def sleeps_first(worker: Worker, payload: tuple[Path, float]) -> int:
-    """At the first call it says where it runs, and takes long."""
-    notes, seconds = payload
+def waits_first(worker: Worker, payload: tuple[Path, Path]) -> int:
+    """At the first call it says in which process it runs, and goes on when it may."""
+    notes, go = payload
     if not notes.exists():
-        notes.write_text(str(os.getpid()))
-        time.sleep(seconds)
+        write_atomic(notes, str(os.getpid()))
+        for _ in range(1200):
+            if go.exists():
+                break
+            time.sleep(0.05)
     return os.getpid()
 
 

@@ -155,10 +155,10 @@ class RayPool(Pool):
         try:
             result = ray.get(reference)
         except RayTaskError as error:
+            self._idle.append(ticket.actor)
             cause = error.cause
             if isinstance(cause, TappaError):
                 raise cause from None
-            self._idle.append(ticket.actor)
             return f"{type(cause).__name__}: {first_line(cause)}"
         except RayError as error:  # the worker or its node is gone, or its result is lost
             ray.kill(ticket.actor)
@@ -200,7 +200,7 @@ def check_versions(ours: dict[str, str], theirs: dict[str, str]) -> None:
         )
 
 
-def check_room(workers: int, each: Mapping[str, float]) -> None:
+def check_room(workers: int, each: Mapping[str, int | float]) -> None:
     """Whether the nodes that are alive hold so many workers. Raises ClusterError."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for what, amount in each.items():
