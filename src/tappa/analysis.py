@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ SCHEMA = "tappa.analysis/1"
 SHARDS = 256  # groups of prompts at most, however many there are
 MODEL_KEYS = {"name", "class", "layers", "heads", "kv_heads", "dtype"}
 Progress = Callable[[int, int], None]
+Ids = TypeVar("Ids", list[int], np.ndarray)  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def analyze(
     return reduce(Analysis.merge, parts)
 
 
-def shards_of(prompts: Sequence[list[int]]) -> list[Sequence[list[int]]]:
+def shards_of(prompts: Sequence[Ids]) -> list[Sequence[Ids]]:
     """Prompts in at most SHARDS groups: what is merged, and what a worker of a cluster does.
 
     They follow from the prompts alone, so that sums do not depend on who added them up.
@@ -181,7 +182,7 @@ def shards_of(prompts: Sequence[list[int]]) -> list[Sequence[list[int]]]:
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
-def forward_passes(prompts: Sequence[list[int]], chunk: int | None) -> int:
+def forward_passes(prompts: Sequence[Ids], chunk: int | None) -> int:
     """How often a model runs to read them. Raises TextError for a chunk that cannot be."""
     if chunk is not None and chunk < 1:
         raise TextError(f"expected a chunk of at least 1 token, got {chunk}")

@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_in_the_middle(
 ) -> None:
     """The same sums, and the shards that were done are not done again."""
     tokenizer = source.load().tokenizer
-    shards = shards_of(encode_texts(tokenizer, TEXTS))
+    shards = shards_of([np.array(ids) for ids in encode_texts(tokenizer, TEXTS)])
     jobs = {
         f"shard {n}": (tmp_path / "notes", _Shard(source, shard, Settings(), None))
         for n, shard in enumerate(shards)

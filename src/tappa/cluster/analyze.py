@@ -22,15 +22,13 @@ from tappa.models import context_length
 from tappa.report.views import Views, look
 from tappa.texts import encode_texts
 
-Shard = Sequence[list[int]]
-
 
 @dataclass(frozen=True)
 class _Shard:
     """One piece of work."""
 
     source: ModelSource
-    prompts: Shard
+    prompts: Sequence[np.ndarray]  # ids, int32: a ninth of a list's memory
     settings: Settings
     chunk: int | None
 
@@ -109,7 +107,7 @@ def look_at(pool: Pool, text: str, tokens: int) -> Views:
 
 def _prepare(
     worker: Worker, payload: tuple[ModelSource, list[str], int | None]
-) -> tuple[list[list[int]], dict[str, Any]]:
+) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Prompts, and what decides the sums."""
     source, texts, tokens = payload
     model, tokenizer = worker.model(source)
@@ -117,14 +115,15 @@ def _prepare(
     identity = {
         "model": describe(model),
         "weights": fingerprint(model),
-        "prompts": digest_of(prompts),
+        "prompts": digest_of(*map(digest_of, prompts)),
     }
-    return prompts, identity
+    return [np.array(ids, np.int32) for ids in prompts], identity
 
 
 def _analyze_shard(worker: Worker, shard: _Shard) -> Analysis:
     model, _ = worker.model(shard.source)
-    return analyze_prompts(model, shard.prompts, shard.settings, shard.chunk)
+    prompts = [ids.tolist() for ids in shard.prompts]
+    return analyze_prompts(model, prompts, shard.settings, shard.chunk)
 
 
 def _look(worker: Worker, payload: tuple[ModelSource, str, int]) -> Views:
