@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
     "errors",
     "files",
+    "interrupts",
     "texts",
     "checkpoint",
     "models",
@@ -18,6 +19,7 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
+    "tensor_parallel",
     "rotary_probe",
     "capture",
     "channels",
@@ -32,6 +34,7 @@ ORDER = [
     "evaluation",
     "verification",
     "report",
+    "cluster",
     "integrations",
     "display",
     "cli",

@@ -22,6 +22,7 @@ from tappa.errors import CaptureError, ModelError
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
+from tappa.tensor_parallel import HeadShards
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LayerView:
     attention: Attention
     query_start: int
     key_start: int
+    shards: HeadShards = field(default_factory=HeadShards)  # whose heads these are
 
     @cached_property
     def queries(self) -> Float[Tensor, "heads steps dim"]:
@@ -100,6 +102,7 @@ class _Session:
     consume: Consumer
     probe: RotaryProbe
     switch: AttentionSwitch = field(init=False)
+    shards: HeadShards = field(init=False)
     start: int = 0  # tokens seen before this forward pass
     spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -109,6 +112,7 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.switch = AttentionSwitch(self.model, self.attend)
+        self.shards = HeadShards.of(self.model)
 
     def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
@@ -176,6 +180,7 @@ class _Session:
                 attention=attention,
                 query_start=self.start,
                 key_start=seen - key.shape[2],
+                shards=self.shards,
             )
             _check_mask(mask, view, first, pad)
             self.consume(view)

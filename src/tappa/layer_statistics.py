@@ -13,10 +13,12 @@ from tappa.channels import ChannelSums, best_season, dominant_channel
 from tappa.errors import CaptureError, NonFiniteError
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
+from tappa.tensor_parallel import HeadShards
 from tappa.theory import BOUNDS, BoundCheck, Layer, check_bounds, spread_rows
 
 SAMPLED_ROWS = 16  # rows of each head and chunk on which bounds and seasons are evaluated,
 SAMPLED_KEYS = 32  # and keys for each of them
+WITHOUT_HEADS = ("lag_counts",)  # of the arrays, those that do not begin with heads
 HEAVY_COLUMNS = 8  # "the few heaviest columns" of a head
 
 
@@ -49,6 +51,26 @@ class LayerStatistics:
                 "analyse them one by one"
             )
         sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
+        return LayerStatistics(self.layer, self.theta, self.scale, sums)
+
+    def of_all_ranks(self, shards: HeadShards, heads: int) -> "LayerStatistics":
+        """With the heads of all ranks of a split model, `heads` query heads in all.
+
+        Raises CaptureError where ranks do not hold equally many.
+        """
+        if shards.ranks == 1:
+            return self
+        if len(self.sums["vertical"]) * shards.ranks != heads:
+            raise CaptureError(
+                f"layer {self.layer}: expected {heads} heads in equal parts on {shards.ranks} "
+                f"ranks, this one has {len(self.sums['vertical'])}"
+            )
+        sums = {
+            name: x
+            if x.ndim == 0 or name in WITHOUT_HEADS
+            else shards.gather(torch.from_numpy(x)).numpy()
+            for name, x in self.sums.items()
+        }
         return LayerStatistics(self.layer, self.theta, self.scale, sums)
 
 

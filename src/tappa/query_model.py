@@ -75,7 +75,9 @@ def expected_rows(
     A u holds a number for each head. `queries` are the real ones before RoPE.
     """
     model = QueryModel.of(view.rotary, queries)
-    noise = _noise((1 + len(steps), *rows.shape, queries.shape[-1]), queries.device)
+    heads = len(rows) * view.shards.ranks  # a head's noise is the same on whatever rank it is
+    every = _noise((1 + len(steps), heads, rows.shape[1], queries.shape[-1]), queries.device)
+    noise = view.shards.mine(every.transpose(0, 1)).transpose(0, 1)
     rows = rows.to(queries.device, non_blocking=True)
 
     def attend(at: Int[Tensor, "heads rows"], noise: Tensor) -> Tensor:

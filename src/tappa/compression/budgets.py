@@ -6,7 +6,7 @@ the model, the tokens or their scores. `proportional` and `binary` turn preferen
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,13 @@ class Evidence:
     entropy: Float[Tensor, " kv_heads"] | None = None  # of the window's attention, summed
     variance: Float[Tensor, " kv_heads"] | None = None  # over the window, summed over keys
     predictability: Float[Tensor, " kv_heads"] | None = None  # least of the query heads
+
+    def over(self, gather: Callable[[Tensor], Tensor]) -> "Evidence":
+        """Of all KV heads, where `gather` brings those of other ranks of a split model."""
+        names = ("similarity", "entropy", "variance", "predictability")
+        known: dict[str, Any] = {n: gather(x) for n in names if (x := getattr(self, n)) is not None}
+        blank = gather(torch.zeros(self.kv_heads))
+        return replace(self, kv_heads=len(blank), **known)
 
     def of(self, name: str) -> Float[Tensor, " kv_heads"]:
         """A figure that the rule has asked for."""

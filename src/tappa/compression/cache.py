@@ -33,6 +33,7 @@ from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
+from tappa.tensor_parallel import HeadShards
 
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
@@ -70,6 +71,7 @@ class CompressedCache(DynamicCache):
         self.frozen = False  # nothing is dropped any more
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
+        self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
         kinds = {type(layer) for layer in self.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
         if kinds:
@@ -84,7 +86,7 @@ class CompressedCache(DynamicCache):
                 f"all layers of {type(model).__name__} use a sliding window: nothing to compress"
             )
         for index, layer in enumerate(full):
-            self.layers[layer] = CompressedLayer(index, method)
+            self.layers[layer] = CompressedLayer(index, method, self.shards)
         self._connect(AttentionSwitch(model, _late(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
@@ -315,7 +317,7 @@ class CompressedCache(DynamicCache):
         if self.evicting:
             self.observe(layer, query)
         elif self._valid is not None:
-            layer.drop_padding(self._valid)
+            layer.drop_padding(self._valid.to(query.device))
         return output
 
     # ---- compression
@@ -349,6 +351,7 @@ class CompressedCache(DynamicCache):
         Without `cascade` nothing is dropped yet.
         """
         new, valid = query.shape[2], self._valid
+        valid = None if valid is None else valid.to(query.device)
         start = layer.seen - new
         prompt = start == 0 or new >= self._prompt_like
         if prompt:
@@ -422,6 +425,7 @@ class CompressedCache(DynamicCache):
         assert rule is not None
         held = layer.storage()
         blank = Evidence(layer.index, len(layers), held.kv_heads)
+        gather = self.shards.gather
         preferences: list[Fetched | list[float]] = []
         for row, seen in enumerate(layer.observations):
             tokens = replace(layer.view(row), call=self._probe.latest)
@@ -429,7 +433,8 @@ class CompressedCache(DynamicCache):
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                preferences.append(Fetched(rule.weigh(seen.evidence(blank, rule, tokens))))
+                evidence = seen.evidence(blank, rule, tokens).over(gather)
+                preferences.append(Fetched(rule.weigh(evidence)))
         layer.preferences = preferences
 
     @torch.compiler.disable
@@ -447,7 +452,7 @@ class CompressedCache(DynamicCache):
         """Tokens that all heads of all layers may hold together."""
         assert self.budget is not None
         first = self.compressed_layers[0]
-        heads = first.storage().kv_heads * len(self.compressed_layers)
+        heads = first.storage().kv_heads * self.shards.ranks * len(self.compressed_layers)
         if isinstance(self.budget, int):
             return self.budget * heads
         each = self.budget * first.observations[row].prompt_tokens
@@ -457,9 +462,10 @@ class CompressedCache(DynamicCache):
         """Before new tokens come, drop as many that the budget holds with them, in one go for
         `every` tokens.
         """
-        heads = sum(layer.storage().kv_heads for layer in self.compressed_layers)
-        for row in range(self.compressed_layers[0].storage().rows):
-            counts = [layer.storage().row_lengths(row) for layer in self.compressed_layers]
+        layers = self.compressed_layers
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        for row in range(layers[0].storage().rows):
+            counts = self._lengths(layers, row)
             held = sum(sum(count) for count in counts)
             total = self.total(row)
             if held + new * heads > total:
@@ -471,14 +477,15 @@ class CompressedCache(DynamicCache):
     def _balance(self, row: int, total: int) -> None:
         """Divide a total among the layers seen so far, and cut those that hold more."""
         layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
-        held = [layer.storage().row_lengths(row) for layer in layers]
+        held = self._lengths(layers, row)
         if sum(sum(counts) for counts in held) <= total:
             return
-        if self.method.sharing == "pooled":  # a layer is one account
+        pooled = self.method.sharing == "pooled"
+        if pooled:  # a layer is one account
             held = [[sum(counts)] for counts in held]
         for layer, counts, limits in zip(layers, held, self.divide(row, held, total), strict=True):
             if sum(limits) < sum(counts):
-                layer.cut(row, limits)
+                layer.cut(row, limits if pooled else self.shards.mine(limits))
 
     def divide(self, row: int, held: list[list[int]], total: int) -> list[list[int]]:
         """A total for the accounts of the layers seen so far: KV heads, or all of a layer as one.
@@ -487,7 +494,7 @@ class CompressedCache(DynamicCache):
         """
         rule, layers = self.method.rule, self.compressed_layers
         assert rule is not None
-        kv_heads, size = layers[0].storage().kv_heads, len(held[0])
+        kv_heads, size = layers[0].storage().kv_heads * self.shards.ranks, len(held[0])
         preferences = [layer.preference(row) for layer in layers if len(layer.preferences) > row]
         if size == 1 < kv_heads:
             preferences = [[sum(each)] for each in preferences]
@@ -497,6 +504,13 @@ class CompressedCache(DynamicCache):
         flat = [preference for each in preferences for preference in each]
         tokens = allocate(rule, flat, total, least, capacity).tolist()
         return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+    def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
+        """Tokens that each KV head of these layers holds, on other ranks of a split model too."""
+        mine = [layer.storage().row_lengths(row) for layer in layers]
+        if self.shards.ranks == 1 or not mine:
+            return mine
+        return self.shards.gather(torch.tensor(mine).mT).mT.tolist()
 
 
 def _remove(handles: tuple[RemovableHandle, ...]) -> None:

@@ -12,10 +12,11 @@ from tappa.compression.fetching import Fetched
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import TokenView
-from tappa.compression.selection import head_ranks, pooled_ranks
+from tappa.compression.selection import HeadTokens, Ranks, Scores, head_ranks, pooled_ranks
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
 from tappa.interface import Attend
+from tappa.tensor_parallel import HeadShards
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -25,9 +26,9 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, index: int, method: Method) -> None:
+    def __init__(self, index: int, method: Method, shards: HeadShards) -> None:
         super().__init__()
-        self.index, self.method = index, method
+        self.index, self.method, self.shards = index, method, shards
         self.reset()
 
     def reset(self) -> None:
@@ -151,13 +152,22 @@ class CompressedLayer(CacheLayerMixin):
         scores = method.scorer.score(tokens)
         self.ranked[row] = None
         if method.sharing == "pooled":
-            ranks = pooled_ranks(scores, protected, tokens.present, method.floor)
-            heads = torch.arange(len(ranks), dtype=torch.int16, device=ranks.device)
-            heads = heads[:, None].expand_as(ranks).flatten()
-            self.ranked[row] = Fetched(torch.empty_like(heads).scatter_(0, ranks.flatten(), heads))
+            ranks = self._pooled_ranks(row, scores, protected, tokens.present)
         else:
             ranks = head_ranks(scores, protected, tokens.present)
         self.storage().set_figure("rank", row, ranks)
+
+    def _pooled_ranks(
+        self, row: int, scores: Scores, protected: HeadTokens, present: HeadTokens
+    ) -> Ranks:
+        """Among the tokens of all KV heads, those on other ranks of a split model included."""
+        gather, floor = self.shards.gather_padded, self.method.floor
+        every = gather(scores, 0.0), gather(protected, False), gather(present, False)
+        ranks = pooled_ranks(*every, floor)
+        heads = torch.arange(len(ranks), dtype=torch.int16, device=ranks.device)
+        heads = heads[:, None].expand_as(ranks).flatten()
+        self.ranked[row] = Fetched(torch.empty_like(heads).scatter_(0, ranks.flatten(), heads))
+        return self.shards.mine(ranks)[:, : scores.shape[1]]
 
     def cut(self, row: int, limits: list[int]) -> None:
         """Drop tokens of a row until each KV head (or all together) is within its limit."""
@@ -168,8 +178,10 @@ class CompressedLayer(CacheLayerMixin):
         if heads is None:
             counts = [min(limit, length) for limit, length in zip(limits, lengths, strict=True)]
         else:
-            first = heads.get()[: min(limits[0], sum(lengths))]
-            counts = first.bincount(minlength=held.kv_heads).tolist()
+            most = sum(lengths) if self.shards.ranks == 1 else limits[0]
+            first = heads.get()[: min(limits[0], most)]
+            counts = first.bincount(minlength=held.kv_heads * self.shards.ranks).tolist()
+            counts = self.shards.mine(counts)
         held.keep_ranked(row, limits, counts)
         self.complete = False
         self.dropped_at = self.seen
@@ -243,7 +255,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def copy(self, keep_ranks: bool = False) -> "CompressedLayer":
         """An independent copy; without `keep_ranks` its tokens are to be ranked anew."""
-        twin = CompressedLayer(self.index, self.method)
+        twin = CompressedLayer(self.index, self.method, self.shards)
         twin.__dict__.update(self.__dict__)
         twin.held = self.held.copy() if self.held is not None else None
         twin.observations = [_copy(o) for o in self.observations]

@@ -59,7 +59,7 @@ class StackedLayer(CompressedLayer):
     """
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         held = RaggedKV.stack([part.storage() for part in parts])
         self.complete = all(part.complete for part in parts) and held.uniform
         self.take(held, max(part.seen for part in parts))
@@ -158,7 +158,7 @@ class PackedLayer(CompressedLayer):
     ROOM = 64  # tokens that may come before segments are moved
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         self.module, self.attention = parts[0].module, parts[0].attention
         self.seen = max(part.seen for part in parts)
         self.complete, self.is_initialized = False, True
