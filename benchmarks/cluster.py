@@ -1,4 +1,7 @@
-"""Analysis of SmolLM2 by 1 and 2 local workers: efficiency, start, overhead of a piece of work."""
+"""Analysis of SmolLM2 by 1 and 2 local workers: efficiency, start, overhead of a piece of work.
+
+Runs in turns, so that other work on the machine meets all alike.
+"""
 
 import json
 import statistics
@@ -6,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from machine import describe, seconds
 
@@ -31,36 +35,22 @@ def texts() -> list[str]:
     return [packaged_text()[start * 4000 :][:4000] for start in range(TEXTS)]
 
 
-def analyses(pool: Pool) -> list[float]:
-    """Seconds of the whole job into a new folder, RUNS times, workers warm."""
-    found = []
-    for _ in range(RUNS + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(
-                seconds(
-                    lambda at=folder: analyze_texts(pool, texts(), tokens=TOKENS, folder=Path(at))
-                )
-            )
-    return [round(x, 3) for x in found[1:]]
+def job(pool: Pool) -> float:
+    """Seconds of the whole analysis into a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return seconds(lambda: analyze_texts(pool, texts(), tokens=TOKENS, folder=Path(folder)))
 
 
-def on_ray(workers: int) -> dict[str, Any]:
-    """Start, the job, and tasks that do nothing."""
-    pools: list[RayPool] = []
-    start = seconds(lambda: pools.append(RayPool(SOURCE, Placement(workers))))
-    pool = pools[0]
-    try:
-        first = seconds(lambda: list(pool.run(nothing, {"a": 0})))
-        job = analyses(pool)
-        empty = seconds(lambda: list(pool.run(nothing, {str(n): n for n in range(TASKS)})))
-    finally:
-        pool.close()
-    return {
-        "seconds": job,
-        "cluster_start_seconds": round(start, 2),
-        "first_worker_seconds": round(first, 2),
-        "empty_task_ms": round(1000 * empty / TASKS, 2),
-    }
+def in_turns(pools: dict[str, Pool]) -> dict[str, list[float]]:
+    """Seconds of the job by each pool, RUNS times, one after the other; the first warms up."""
+    rounds = [{name: job(pool) for name, pool in pools.items()} for _ in range(RUNS + 1)][1:]
+    return {name: [round(one[name], 3) for one in rounds] for name in pools}
+
+
+def empty_tasks(pool: Pool) -> float:
+    """Milliseconds of a task that does nothing."""
+    jobs = {str(n): n for n in range(TASKS)}
+    return round(1000 * seconds(lambda: list(pool.run(nothing, jobs))) / TASKS, 2)
 
 
 def piece() -> dict[str, Any]:
@@ -84,22 +74,28 @@ def piece() -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)  # as workers have by default
-    alone = analyses(InProcess(SOURCE))
-    one, two = on_ray(1), on_ray(2)
-    base, single, double = (statistics.median(x) for x in (alone, one["seconds"], two["seconds"]))
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    room: dict[str, Any] = {"num_cpus": 3, "object_store_memory": 2**28, "include_dashboard": False}
+    start = seconds(lambda: ray.init("local", **room, **quiet))
+    one, two = RayPool(SOURCE, Placement(1)), RayPool(SOURCE, Placement(2))
+    first = seconds(lambda: list(one.run(nothing, {"a": 0})))
+    times = in_turns({"in_process": InProcess(SOURCE), "ray_1": one, "ray_2": two})
+    alone, single, double = (statistics.median(x) for x in times.values())
     result = {
         "benchmark": "cluster",
         "model": "SmolLM2-135M-Instruct float32",
         "job": f"{TEXTS} texts of {TOKENS} tokens, one shard each",
         "n": RUNS,
-        "in_process_seconds": alone,
-        "ray_1_worker": one,
-        "ray_2_workers": two,
-        "overhead_of_a_shard_ms": round(1000 * (single - base) / TEXTS, 1),
-        "efficiency_1": round(base / single, 3),
-        "efficiency_2": round(base / (2 * double), 3),
+        "seconds": times,
+        "overhead_of_a_shard_ms": round(1000 * (single - alone) / TEXTS, 1),
+        "efficiency_1": round(alone / single, 3),
+        "efficiency_2": round(alone / (2 * double), 3),
+        "empty_task_ms": empty_tasks(one),
+        "cluster_start_seconds": round(start, 2),
+        "first_worker_seconds": round(first, 2),
         "piece": piece(),
     }
+    one.close(), two.close()
     print(json.dumps(result | describe()))
 
 

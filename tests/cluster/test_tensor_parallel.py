@@ -16,7 +16,8 @@ from tappa.analysis import Analysis
 from tappa.errors import CaptureError, ModelError
 from tappa.layer_statistics import LayerStatistics
 from tappa.pruning import Calibration, calibrate
-from tappa.report.views import look
+from tappa.report.looking import look
+from tappa.report.views import load_views
 from tappa.tensor_parallel import HeadShards
 from tiny import save_tiny
 
