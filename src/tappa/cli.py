@@ -124,7 +124,11 @@ def analyze(
     with cluster.open_pool(source, placement, errors) as pool:
         with cluster.following(errors, "analysing", "steps") as follow:
             analysis = cluster.analyze_texts(
-                pool, texts, tokens=tokens, chunk=chunk, folder=out, follow=follow
+                *(pool, texts),
+                tokens=tokens,
+                chunk=chunk,
+                folder=cluster.state_folder(out, placement),
+                follow=follow,
             )
         written = []
         if out is not None:

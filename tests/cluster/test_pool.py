@@ -237,24 +237,27 @@ def test_without_ray_it_says_so(source: ModelSource, monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_one_worker_needs_no_ray(run: Run, source: ModelSource, tmp_path: Path) -> None:
-    """Several texts and a folder: pieces, resumed, in this process."""
+def test_one_worker_goes_on_where_many_began(run: Run, source: ModelSource, tmp_path: Path) -> None:
+    """Without Ray; a folder without pieces stays without."""
     files = []
     for number, text in enumerate(TEXTS[:3]):
         files.append(tmp_path / f"{number}.txt")
         files[-1].write_text(text)
     texts = [part for file in files for part in ("--text", file)]
-    out = tmp_path / "out"
-    code, _, errors = run("analyze", source.name, *texts, "--out", out, "--no-report")
+    alone, begun = tmp_path / "alone", tmp_path / "begun"
+    options = ("--device", "cpu", "--no-report")
+    assert run("analyze", source.name, *texts, *options, "--out", alone)[0] == 0
+    assert sorted(p.name for p in alone.iterdir()) == ["analysis.json", "heads.csv"]
+    with pytest.raises(KeyboardInterrupt):
+        analyze_texts(Elsewhere(source, stop=2), TEXTS[:3], folder=begun)
+    code, _, errors = run("analyze", source.name, *texts, *options, "--out", begun)
     assert (code, errors) == (0, "")
-    assert sorted(p.name for p in (out / "pieces").iterdir()) == ["job.json", "merged-00003"]
-    before = (out / "analysis.json").read_bytes()
-    assert run("analyze", source.name, *texts, "--out", out, "--no-report")[0] == 0
-    assert (out / "analysis.json").read_bytes() == before
-    code, _, errors = run("analyze", source.name, *texts[:4], "--out", out)
+    assert sorted(p.name for p in (begun / "pieces").iterdir()) == ["job.json", "merged-00003"]
+    assert (begun / "analysis.json").read_bytes() == (alone / "analysis.json").read_bytes()
+    code, _, errors = run("analyze", source.name, *texts[:4], *options, "--out", begun)
     assert code == 2
     assert errors.startswith("error: ")
-    assert "holds pieces of another job" in errors
+    assert "holds pieces of another job: prompts is" in errors
 
 
 def test_the_command_line_does_not_import_ray() -> None:

@@ -1,6 +1,6 @@
 """The same work on many workers: shards of texts and cells of a grid, on Ray or in process."""
 
-from tappa.cluster.analyze import analyze_texts, look_at
+from tappa.cluster.analyze import analyze_texts, look_at, state_folder
 from tappa.cluster.calibrate import calibrate_by, calibrate_windows
 from tappa.cluster.estimate import estimate_analysis, estimate_grid
 from tappa.cluster.pool import (
@@ -31,4 +31,5 @@ __all__ = [
     "for_this_process",
     "look_at",
     "open_pool",
+    "state_folder",
 ]

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from tappa.analysis import Analysis, analyze, analyze_prompts, describe, forward_passes, shards_of
 from tappa.checkpoint import fingerprint, first_line
 from tappa.cluster.pieces import Pieces
-from tappa.cluster.pool import Failed, InProcess, ModelSource, Pool, Worker, call
+from tappa.cluster.pool import Failed, InProcess, ModelSource, Placement, Pool, Worker, call
 from tappa.cluster.progress import Follow, ignore
 from tappa.errors import AnalysisFileError, ClusterError
 from tappa.files import digest_of, write_atomic
@@ -50,7 +50,7 @@ def analyze_texts(
     goes on there. Raises ClusterError for shards that failed, and what `tappa.analyze` raises.
     """
     wanted = settings or Settings()
-    if isinstance(pool, InProcess) and (folder is None or len(texts) == 1):
+    if isinstance(pool, InProcess) and folder is None:
         return analyze(
             *(*pool.worker.model(pool.source), texts),
             tokens=tokens,
@@ -69,6 +69,13 @@ def analyze_texts(
     jobs = {f"shard {n}": _Shard(pool.source, shards[n], wanted, chunk) for n in pieces.missing}
     do_pieces(pool, _analyze_shard, jobs, pieces, follow)
     return pieces.result()
+
+
+def state_folder(out: Path | None, placement: Placement) -> Path | None:
+    """Where a command keeps its pieces: one in process only goes on with those of workers."""
+    if out is None or (placement.in_process and not (out / "pieces").is_dir()):
+        return None
+    return out
 
 
 def do_pieces(pool: Pool, task: Any, jobs: dict[str, Any], pieces: Pieces, follow: Follow) -> None:
