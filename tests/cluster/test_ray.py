@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
-from test_grid_on_workers import answers
+from test_grid_on_workers import check_same as check_same_grid
 from test_pool import check_same
 
 import tappa
@@ -115,9 +115,7 @@ def test_the_answers_do_not_depend_on_the_workers(
     for folder, workers in ((tmp_path / "one", InProcess(source)), (tmp_path / "two", pool)):
         results = evaluate_grid(workers, wanted, folder)
         assert results.outcome.answered == 3
-    assert answers(tmp_path / "one") == answers(tmp_path / "two")
-    for name in ("results.json", "tables.md"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    check_same_grid(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_worker_that_is_killed_in_the_middle(
