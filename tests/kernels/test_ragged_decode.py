@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tappa.kernels.ragged_decode import ragged_decode_reference, ragged_decode_triton
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [
     [0, 1, 63, 64, 65, 131],  # empty, around the size of a block, in several parts

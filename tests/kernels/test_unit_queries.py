@@ -7,7 +7,6 @@ from tappa.kernels.unit_queries import unit_query_sums_reference, unit_query_sum
 from tappa.rope import RotaryChannels
 from tappa.similarity import self_similarity
 
-pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -7,7 +7,6 @@ import torch
 
 from tappa.kernels.window_attention import Segments, window_sums_reference, window_sums_triton
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
