@@ -18,6 +18,7 @@ from tappa.kernels import launching
 from tappa.models import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
+collect_ignore = ["kernels"] if launching.triton is None else []  # no wheels for every platform
 torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
