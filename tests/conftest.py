@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from tappa.kernels import launching
 from tappa.models import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
-collect_ignore = ["kernels"] if launching.triton is None else []  # no wheels for every platform
+# there are no wheels of Triton for every platform
+collect_ignore = ["kernels"] if importlib.util.find_spec("triton") is None else []
 torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
