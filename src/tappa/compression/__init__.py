@@ -1,7 +1,6 @@
 """KV cache compression: scorer x budget x cache."""
 
 from tappa.compression.cache import CompressedCache
-from tappa.compression.decoding import generate
 from tappa.compression.generation import (
     CompressedContext,
     Recording,
@@ -32,7 +31,6 @@ __all__ = [
     "compress_context",
     "compressed",
     "describe_methods",
-    "generate",
     "parse_budget",
     "parse_method",
     "record",

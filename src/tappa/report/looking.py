@@ -14,7 +14,6 @@ from tappa.compression import record
 from tappa.errors import CompressionError
 from tappa.query_model import expected_rows
 from tappa.report.views import LEVELS, STRETCH, Views
-from tappa.tensor_parallel import HeadShards
 from tappa.texts import MIN_TOKENS, encode_texts
 from tappa.theory import spread_rows
 
@@ -57,9 +56,7 @@ def look(
         parts.append((*drawn, persistence_curves(view, shifts).transpose(0, 1)))
 
     prefill(model, torch.tensor([ids]), consume, logits_to_keep=1)
-    gather = HeadShards.of(model).gather
-    every = [tuple(map(gather, part)) for part in parts]
-    maps, keys, weights, curves = (torch.cat(x).numpy() for x in zip(*every, strict=True))
+    maps, keys, weights, curves = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
     shares = dict.fromkeys(max(int(len(ids) * share), LEAST) for share in BUDGETS)
     budgets = [budget for budget in shares if budget < len(ids)]
     kept = kept_tokens(model, ids, methods, budgets)
@@ -160,16 +157,15 @@ def kept_tokens(
         recording = record(model, torch.tensor([list(ids)]))
     except CompressionError:  # a model that can be analysed, but whose cache is of another kind
         return nothing
-    found, gather = [], HeadShards.of(model).gather
+    found = []
     for method in methods:
         for cache in recording.compress(method, list(budgets)):
-            rows: list[Tensor] = []
+            rows = []
             for layer in cache.compressed_layers:
                 held = layer.storage()
-                split = held.figures["position"].split(held.lengths)
-                masks = torch.zeros(len(split), len(ids), dtype=torch.uint8)
-                for mask, positions in zip(masks, split, strict=True):
+                for positions in held.figures["position"].split(held.lengths):
+                    mask = torch.zeros(len(ids), dtype=torch.uint8)
                     mask[positions.cpu().long()] = 1
-                rows += gather(masks)
+                    rows.append(mask)
             found.append(torch.stack(rows))
     return torch.stack(found).unflatten(0, (len(methods), len(budgets))).numpy()

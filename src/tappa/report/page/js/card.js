@@ -77,12 +77,6 @@ const drawFigures = (head) => {
     return row;
   }));
 };
-// A periodic head may hold most energy in a channel that turns too slowly for its diagonals
-const whyAnother = (head) => {
-  const { observed, measured_channel: turning, dominant_channel: largest } = head;
-  if (observed !== "periodic" || !isNumber(turning) || turning === largest || !(head.period > head.measured_period)) return "";
-  return `The period comes from the mean query and key over all channels: channel ${largest} holds most energy, but turns too slowly to show. `;
-};
 const drawCard = () => {
   const analysis = current(), head = chosen();
   $("card").hidden = !head;
@@ -91,6 +85,6 @@ const drawCard = () => {
   $("card-title").textContent = `${name(head)}: ${head.observed || "?"}${otherwise}`;
   $("card").style.borderColor = colourOfLabel(head.observed);
   const sentence = head.sentence ? `${head.sentence[0].toUpperCase()}${head.sentence.slice(1)}. ` : "";
-  $("card-sentence").textContent = sentence + whyAnother(head) + (head.q_similarity === null ? "" : `Its queries are self-similar with S = ${number(head.q_similarity)}.`);
+  $("card-sentence").textContent = sentence + (head.q_similarity === null ? "" : `Its queries are self-similar with S = ${number(head.q_similarity)}.`);
   drawMap(); drawLags(analysis, head); drawChannels(analysis, head); drawPersistence(head); drawFigures(head);
 };
