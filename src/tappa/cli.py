@@ -29,7 +29,7 @@ from tappa.errors import EvaluationError, MissingExtraError, PruningError, Tappa
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.report.content import content_of
 from tappa.report.looking import TEXTS, look
-from tappa.report.page import write_report
+from tappa.report.page import render, write_report
 from tappa.report.prints import figures
 from tappa.report.views import FILE, save_views
 from tappa.texts import packaged_halves, packaged_prompt, packaged_text, read_text
@@ -43,6 +43,8 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
+
+FEW_NOTES = 3  # on what files lack: more of them are counted only
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -164,8 +166,18 @@ def report_command(
       tappa report before/analysis.json after/analysis.json --results results -o both.html
     """
     check_writable_folder(out.absolute().parent)
-    write_report(out, analyses, results)
+    content = content_of(analyses, results)
+    write_atomic(out, render(content))
+    _warn(content["notes"])
     typer.echo(f"wrote {out}")
+
+
+def _warn(notes: list[str]) -> None:
+    """What is missing in files, on stderr: the notes themselves if they are few."""
+    for note in notes if len(notes) <= FEW_NOTES else []:
+        typer.echo(f"note: {note}", err=True)
+    if len(notes) > FEW_NOTES:
+        typer.echo(f"{len(notes)} notes on what is missing: see the top of the page", err=True)
 
 
 @app.command("figures")
@@ -194,6 +206,8 @@ def figures_command(
     ensure_folder(out)
     for name, picture in pictures.items():
         typer.echo(f"wrote {write_atomic(out / name, picture)}")
+    for note in content["notes"]:
+        typer.echo(f"note: {note}", err=True)
 
 
 @app.command()

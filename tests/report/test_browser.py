@@ -87,12 +87,15 @@ def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     assert page.inner_text("#card-title").startswith("L1 H3")
     assert page.evaluate("location.hash") == "#L1H3"
     page.select_option("#colour", "disagree")
+    assert page.locator("#notes[open]").count() == 0  # nothing is damaged
     assert "labels disagree" in page.inner_text("figure:has(#atlas) figcaption")
     letters = page.locator("#atlas .heatmap-label").all_text_contents()
     assert len(letters) == 12
     assert set(letters) <= set("RSPL·")
     page.select_option("#colour", "kept:snapkv")
     kept = page.evaluate("document.getElementById('atlas').data[0].z")
+    caption = page.inner_text("figure:has(#atlas) figcaption")
+    assert caption == "tokens kept by snapkv, at a budget of 50 tokens a head"
     assert sum(map(sum, kept)) == 2 * 6 * 50  # 50 in each KV head, which two of six heads read
     page.fill("#find", "L0 H5")
     assert page.inner_text("#card-title").startswith("L0 H5")
@@ -144,9 +147,23 @@ def test_a_needle_is_chosen_by_phrase_mouse_and_keys(browser: Any, page_file: Pa
         page.press("#phrase", "Enter")
     page.fill("#phrase", "not there")
     assert page.inner_text("#phrase-hint") == "not in this text"
+    assert (needle(page), page.is_visible("#needle-found")) == ([], False)
+    page.select_option("#budget", index=1)
+    assert needle(page) == []
     page.click("#tokens span[data-token='70']")
     page.click("#tokens span[data-token='73']", modifiers=["Shift"])
-    assert page.locator("#tokens span.needle").count() == 4
+    assert needle(page) == [70, 71, 72, 73]
+    assert (page.inner_text("#phrase-hint"), page.is_visible("#needle-found")) == ("", True)
+    page.keyboard.press("Shift+ArrowRight")  # goes on with the same stretch
+    assert needle(page) == [70, 71, 72, 73, 74]
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.dataset.token") == "0"
+    page.keyboard.press("ArrowDown")
+    below = page.locator(":focus").bounding_box()
+    first = page.locator("#tokens span[data-token='0']").bounding_box()
+    assert below["y"] > first["y"]
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.dataset.token") == str(len(tokens) - 1)
     page.focus("#tokens span[data-token='73']")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Shift+ArrowRight")
@@ -184,6 +201,8 @@ def test_results_and_comparisons_are_shown(
     differences = page.evaluate("document.getElementById('difference').data[0].z")
     assert differences == [[0] * 6, [None] * 6]
     assert page.is_visible("#needs")
+    title = page.evaluate("document.getElementById('compare').layout.xaxis.title.text")
+    assert title == "layer"  # the last one was removed, so that numbers stay
     for part in ("results", "theory"):
         assert page.is_visible(f"#{part}-part")
         assert page.locator(f"#{part}-part .main-svg").count() >= 5
@@ -242,8 +261,100 @@ def test_a_long_prompt_and_an_old_file_open(browser: Any, page_file: Path, tmp_p
 
 
 def test_a_link_opens_a_head(browser: Any, page_file: Path) -> None:
-    page, errors = opened(browser, Path(f"{page_file}#L1H4"))
+    page, errors = opened(browser, Path(f"{page_file}#L1H4"), width=380)
     assert page.inner_text("#card-title").startswith("L1 H4")
+    title = page.locator("#card-title").bounding_box()
+    assert 0 <= title["y"] < 900  # in sight
+    page.evaluate("location.hash = '#L0H3'")
+    page.locator("#card-title", has_text="L0 H3").wait_for()
+    page.evaluate("location.hash = '#L9H9'")  # there is none
+    assert page.inner_text("#card-title").startswith("L0 H3")
+    assert errors == []
+
+
+LABELS = ["periodic", "sequential", "periodic", "re-access", "sequential", "sequential"]
+
+
+@pytest.fixture(scope="module")
+def labelled_file(page_file: Path) -> Path:
+    """Two layers of six heads with labels that are known, and none that is seasonal."""
+    raw = json.loads((page_file.parent / "analysis.json").read_text())
+    for number, head in enumerate(raw["heads"]):
+        head |= {"observed": LABELS[number % 6], "explained": "periodic", "period": 64.0 - number}
+        head |= {"measured_period": 7.0, "measured_channel": 1, "dominant_channel": 2}
+    file = page_file.parent / "labelled.json"
+    file.write_text(json.dumps(raw))
+    return write_report(file.with_suffix(".html"), [file])
+
+
+def cells(page: Any) -> list[list[bool]]:
+    """Which cells of the atlas are drawn; a label's letters take two traces."""
+    drawn = page.evaluate("document.getElementById('atlas').data.map(x => x.z)")
+    return [
+        [any(part[i][j] is not None for part in drawn) for j in range(6)]
+        for i in range(len(drawn[0]))
+    ]
+
+
+@pytest.mark.parametrize("colour", ["observed", "disagree", "q_similarity"])
+def test_a_filter_leaves_cells_empty(browser: Any, labelled_file: Path, colour: str) -> None:
+    page, errors = opened(browser, labelled_file)
+    page.select_option("#colour", colour)
+    page.select_option("#label", "periodic")
+    assert cells(page) == [[True, False, True, False, False, False]] * 2
+    letters = page.locator("#atlas .heatmap-label").all_text_contents()
+    assert [x for x in letters if x] == ([] if colour == "q_similarity" else ["P"] * 4)
+    page.focus("#atlas")
+    page.evaluate("location.hash = '#L0H0'")
+    page.locator("#card-title", has_text="L0 H0").wait_for()
+    page.keyboard.press("ArrowRight")  # over the heads that are not shown
+    assert page.inner_text("#card-title").startswith("L0 H2")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#card-title").startswith("L1 H2")
+    page.select_option("#label", "seasonal")
+    assert cells(page) == [[False] * 6] * 2
+    assert page.inner_text("#list .hint") == "no head"
+    assert "no head" in page.inner_text("figure:has(#atlas) figcaption")
+    axes = "(x => [x.xaxis.range, x.yaxis.range])(document.getElementById('atlas')._fullLayout)"
+    assert page.evaluate(axes) == [[-0.5, 5.5], [1.5, -0.5]]
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        *(("1 5", "1 head"), ("L1H5", "1 head"), ("1.5", "1 head"), ("l1, h5", "1 head")),
+        *(("L1", "6 heads"), ("L1 H", "6 heads"), ("L", "12 heads"), ("H5", "2 heads")),
+        *(("L99", "no head"), ("periodic L1", "2 heads"), ("re-acc", "2 heads")),
+    ],
+)
+def test_heads_are_found(browser: Any, labelled_file: Path, words: str, found: str) -> None:
+    page, errors = opened(browser, labelled_file)
+    page.fill("#find", words)
+    assert page.inner_text("#list .hint") == found
+    assert errors == []
+
+
+def test_the_list_is_one_stop_and_is_sorted(browser: Any, labelled_file: Path) -> None:
+    page, errors = opened(browser, labelled_file)
+    page.select_option("#sort", "period")
+    first = page.locator("#list button").first
+    assert first.locator("b").inner_text() == "L0 H0 period 64"
+    page.check("#ascending")
+    assert first.locator("b").inner_text() == "L1 H5 period 53"
+    assert page.locator("#list button[tabindex='0']").count() == 1
+    page.locator("#list button[tabindex='0']").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#card-title").startswith("L1 H4")
+    assert page.locator("#list button[tabindex='0']").count() == 1
+    page.keyboard.press("End")
+    assert page.locator(":focus b").inner_text() == "L0 H0 period 64"
+    shares = page.locator("#mix .bar span").evaluate_all("all => all.map(x => x.clientWidth)")
+    assert [round(6 * share / sum(shares)) for share in shares] == [1, 3, 2]  # R, S, P
+    page.fill("#find", "0 0")
+    assert "channel 1" in page.inner_text("figure:has(#channels) figcaption")
     assert errors == []
 
 
@@ -258,7 +369,8 @@ def test_a_thousand_heads_react(browser: Any, page_file: Path) -> None:
         layers.append(first | {"layer": layer})
         heads += [raw["heads"][h % 12] | {"layer": layer, "head": h} for h in range(32)]
     file = page_file.parent / "large.json"
-    file.write_text(json.dumps(raw | {"heads": heads, "statistics": layers}))
+    model = raw["model"] | {"layers": 32, "heads": 32}
+    file.write_text(json.dumps(raw | {"model": model, "heads": heads, "statistics": layers}))
     page, errors = opened(browser, write_report(page_file.parent / "large.html", [file]))
     assert page.inner_text("#list .hint") == "1024 heads"
     click_head(page, 16.5 / 32, 16.5 / 32)
@@ -272,5 +384,6 @@ def test_a_page_without_heads_opens(browser: Any, page_file: Path) -> None:
     file.write_text(json.dumps(raw | {"heads": [], "statistics": []}))
     page, errors = opened(browser, write_report(page_file.parent / "none.html", [file]))
     assert "No heads" in page.inner_text("#atlas")
-    assert "has no heads" in page.text_content("#notes")
+    assert "has no heads" in page.inner_text("#notes li >> nth=0")  # unfolded
+    assert page.is_hidden("#layers")
     assert errors == []

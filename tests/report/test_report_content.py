@@ -20,7 +20,7 @@ import tappa
 from result_files import HOSTILE, TABLE, leave
 from tappa.attention_profile import Attention
 from tappa.capture import LayerView, prefill
-from tappa.errors import OutputError, ReportError, VerificationError
+from tappa.errors import OutputError, ReportError
 from tappa.query_model import expected_persistence
 from tappa.report.content import FIGURES, LAGS, RESULTS, content_of, origins
 from tappa.report.looking import ROWS, TOP, look, persistence_curves, picture
@@ -173,7 +173,7 @@ def test_a_page_with_views_that_are_broken_opens(
     content = content_of([copy])
     assert content["texts"] == []
     notes = " ".join(content["notes"])
-    assert "cannot read the views views.npz" in notes
+    assert f"cannot read the views {tmp_path.name}/views.npz: " in notes
     assert "run tappa analyze again" in notes
     assert str(tmp_path) not in notes
     fewer = replace(
@@ -281,7 +281,13 @@ def test_what_is_missing_is_said(analysis: Path, tmp_path: Path) -> None:
         assert words in notes
     raw["heads"] = [{"layer": "first", "head": 0}, *raw["heads"], None]
     old.write_text(json.dumps(raw))
-    assert f"{old.name}: 2 heads without layer and number" in content_of([old])["notes"]
+    assert f"{old.name}: 2 heads without layer and number" in content_of([old])["notes"][0]
+    raw["heads"][0] = raw["heads"][1] | {"layer": 1_000_000}  # of a model of two layers
+    raw["heads"][-1] = raw["heads"][1] | {"head": 6}  # of six, from 0
+    old.write_text(json.dumps(raw))
+    content = content_of([old])
+    assert "2 heads without layer and number, or beyond those" in content["notes"][0]
+    assert (len(content["analyses"][0]["heads"]), content["damaged"]) == (12, 1)
     raw |= {"prompts": "none", "model": 3, "agreement": [], "heads": {}}
     raw["heads"] = []
     old.write_text(json.dumps(raw))
@@ -292,13 +298,22 @@ def test_what_is_missing_is_said(analysis: Path, tmp_path: Path) -> None:
             content_of([old])
     with pytest.raises(ReportError, match="cannot read"):
         content_of([tmp_path / "none.json"])
+    with pytest.raises(ReportError, match=r"is a folder: try .*analysis.json"):
+        content_of([tmp_path])
+    for version in ("9", "2", "1x", "-1", ""):
+        old.write_text(json.dumps({"schema": f"tappa.analysis/{version}", "heads": []}))
+        with pytest.raises(ReportError, match="expected schema tappa.analysis/1 or an older one"):
+            content_of([old])
     with pytest.raises(ReportError, match="folder of results"):
         content_of([analysis], tmp_path / "nowhere")
     (tmp_path / "r").mkdir()
     assert "no results.json" in " ".join(content_of([analysis], tmp_path / "r")["notes"])
-    for text in ("{", "[]"):
-        (tmp_path / "r" / "results.json").write_text(text)
-        assert "r/results.json cannot be read" in content_of([analysis], tmp_path / "r")["notes"]
+    for text in ("{", "[]", "{}"):
+        for name in RESULTS:
+            (tmp_path / "r" / name).write_text(text)
+        content = content_of([analysis], tmp_path / "r")
+        assert {f"r/{name} cannot be read" for name in RESULTS} < set(content["notes"])
+        assert content["damaged"] == len(RESULTS)
     with pytest.raises(OutputError):
         write_report(tmp_path / "none" / "x.html", [analysis])
 
@@ -316,8 +331,12 @@ def test_commands(run: Run, tmp_path: Path) -> None:
     ]
     assert len(unpacked((out / "report.html").read_text(), "text-0")["tokens"]) == 120
     page = tmp_path / "again.html"
-    code, stdout, _ = run("report", out / "analysis.json", "--out", page)
-    assert (code, stdout.split()) == (0, ["wrote", str(page)])
+    code, stdout, errors = run("report", out / "analysis.json", "--out", page)
+    assert (code, stdout.split(), errors) == (0, ["wrote", str(page)], "")
+    results = leave(tmp_path / "results", {name: {} for name in RESULTS})
+    code, _, errors = run("report", out / "analysis.json", "--results", results, "--out", page)
+    said = "5 notes on what is missing: see the top of the page"  # four files, and none is left
+    assert (code, errors.strip()) == (0, said)
     assert unpacked(page.read_text())["texts"] == [{"analysis": 0, "title": "text.txt"}]
     more = [*options, "--text", text, "--text", text, "--shown-texts", 2, "--no-report"]
     code, stdout, _ = run(*more)
@@ -363,8 +382,9 @@ def test_budgets_and_verifications_for_print(analysis: Path, views: Views, tmp_p
     assert claims < set(found)
     assert figures(content, only="relocation").keys() == {"relocation-run.png"}
     del content["results"]["verification.json"][0]["content"]["bounds"]
-    with pytest.raises(VerificationError, match="expected a verification of tappa, got KeyError"):
-        figures(content)
+    assert set(found) - set(figures(content)) == claims  # the others are drawn
+    said = "run/verification.json: expected a verification of tappa, got KeyError"
+    assert content["notes"][-1].endswith(said)
 
 
 def test_every_figure_has_a_script(analysis: Path, views: Views, tmp_path: Path) -> None:
@@ -394,8 +414,11 @@ def test_the_clearest_head_of_a_label_is_drawn(analysis: Path) -> None:
 
 
 def test_figures_command(run: Run, analysis: Path, tmp_path: Path) -> None:
-    code, out, _ = run("figures", analysis, "-o", tmp_path / "f", "--format", "pdf")
-    assert code == 0
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "verification.json").write_text("{}")
+    options = ["--format", "pdf", "--results", tmp_path / "r"]
+    code, out, errors = run("figures", analysis, "-o", tmp_path / "f", *options)
+    assert (code, "note: r/verification.json cannot be read" in errors) == (0, True)
     names = ["atlas.pdf", "channels.pdf", "similarity.pdf"]
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == names
     assert out.count("wrote") == 3

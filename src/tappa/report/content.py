@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,24 @@ FIGURES = {
     "bound_violations": "bound violations",
 }
 TIGHTNESS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "residual")
-RESULTS = ("results.json", "pruning.json", "verification.json", "generation.json")
+RESULTS = {  # files, and parts of which each has one at least
+    "results.json": ("tables",),
+    "pruning.json": ("plan", "layers", "before", "after"),
+    "verification.json": (
+        *("bounds", "relocations", "constructed", "observations"),
+        *("resonances", "sensitivity", "needs"),
+    ),
+    "generation.json": ("method", "new_tokens", "nbytes"),
+}
+MOST = 1024  # layers, and heads of a layer, of a file that does not tell how many its model has
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the page says on top: of files that are damaged, and of what others lack."""
+
+    damage: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def content_of(analyses: Sequence[str | Path], results: str | Path | None = None) -> dict[str, Any]:
@@ -54,7 +72,7 @@ def content_of(analyses: Sequence[str | Path], results: str | Path | None = None
     Files are read leniently: what is missing in one is a note on the page. Raises ReportError for a
     file that is no Analysis at all, and for a folder of results that does not exist.
     """
-    notes: list[str] = []
+    notes = Notes()
     paths = [Path(path) for path in analyses]
     shown = [analysis_content(path, notes) for path in paths]
     found = results_content(Path(results), notes) if results is not None else {}
@@ -69,34 +87,31 @@ def content_of(analyses: Sequence[str | Path], results: str | Path | None = None
         "curves": list(CURVES),
         "analyses": shown,
         "results": found,
-        "notes": notes,
+        "notes": notes.damage + notes.missing,
+        "damaged": len(notes.damage),
     }
     return dict(finite(rounded(content))) | {"texts": texts}
 
 
-def analysis_content(path: Path, notes: list[str]) -> dict[str, Any]:
+def analysis_content(path: Path, notes: Notes) -> dict[str, Any]:
     """One analysis: figures of heads, lag profiles, energies of channels."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "not JSON"
-        raise ReportError(f"cannot read the Analysis {path}: {reason}") from error
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if not isinstance(schema, str) or not schema.startswith("tappa.analysis/"):
-        raise ReportError(f"expected an Analysis of tappa, {path} has schema {schema!r}")
-    if schema != SCHEMA:
-        notes.append(f"{path.name} has schema {schema}: some figures may be missing")
+    raw = _read(path)
+    if raw["schema"] != SCHEMA:
+        notes.missing.append(f"{path.name} has schema {raw['schema']}: some figures may be missing")
+    model: dict[str, Any] = raw["model"] if isinstance(raw.get("model"), dict) else {}
     given = _list(raw.get("heads"))
-    placed = [head for head in given if isinstance(head, dict) and _has_place(head)]
+    placed = [head for head in given if isinstance(head, dict) and _has_place(head, model)]
     heads = [_head(head) for head in placed]
     if not heads:
-        notes.append(f"{path.name} has no heads")
+        notes.damage.append(f"{path.name} has no heads")
     elif len(heads) < len(given):
-        notes.append(f"{path.name}: {len(given) - len(heads)} heads without layer and number")
+        notes.damage.append(
+            f"{path.name}: {len(given) - len(heads)} heads without layer and number, or beyond "
+            "those that the model has"
+        )
     wanted = [name for name in FIGURES if heads and all(name not in head for head in placed)]
     if wanted:
-        notes.append(f"{path.name} lacks {', '.join(wanted)}")
-    model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
+        notes.missing.append(f"{path.name} lacks {', '.join(wanted)}")
     content = {
         "title": _model_name(model.get("name", path.stem)),
         "file": f"{path.absolute().parent.name}/{path.name}",
@@ -113,8 +128,26 @@ def analysis_content(path: Path, notes: list[str]) -> dict[str, Any]:
             raise ReportError("other heads")
     except Exception:  # statistics of another schema, or none
         profiles = {}
-        notes.append(f"{path.name} has no lag profiles and no energies of channels")
+        notes.missing.append(f"{path.name} has no lag profiles and no energies of channels")
     return content | profiles
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An Analysis of this schema or an older one."""
+    if path.is_dir():
+        raise ReportError(f"expected a file, {path} is a folder: try {path / 'analysis.json'}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise ReportError(f"cannot read the Analysis {path}: {reason}") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    kind, _, version = SCHEMA.partition("/")
+    if not isinstance(schema, str) or not schema.startswith(f"{kind}/"):
+        raise ReportError(f"expected an Analysis of tappa, {path} has schema {schema!r}")
+    if schema not in [f"{kind}/{older}" for older in range(int(version) + 1)]:
+        raise ReportError(f"expected schema {SCHEMA} or an older one, {path} has {schema!r}")
+    return dict(raw)
 
 
 def _model_name(name: Any) -> str:
@@ -126,12 +159,19 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _has_place(head: dict[str, Any]) -> bool:
-    return all(isinstance(head.get(key), int) and head[key] >= 0 for key in ("layer", "head"))
+def _has_place(head: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether the model has such a layer and head: the page draws a cell for every one below."""
+    limits = {"layer": model.get("layers"), "head": model.get("heads")}
+    return all(
+        isinstance(head.get(key), int)
+        and 0 <= head[key] < min(MOST, limit if isinstance(limit, int) else MOST)
+        for key, limit in limits.items()
+    )
 
 
 def _head(raw: dict[str, Any]) -> dict[str, Any]:
     head = {name: raw.get(name) for name in ("layer", "head", "kv_head", "observed", "explained")}
+    head["measured_channel"] = raw.get("measured_channel")
     head |= {name: raw.get(name) for name in FIGURES}
     head["tightness"] = [raw.get(f"tightness_{name}") for name in TIGHTNESS]
     try:
@@ -159,14 +199,14 @@ def _profiles(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def texts_content(
-    paths: Sequence[Path], shown: Sequence[dict[str, Any]], notes: list[str]
+    paths: Sequence[Path], shown: Sequence[dict[str, Any]], notes: Notes
 ) -> list[dict[str, Any]]:
     """The texts of views.npz beside every analysis: first ones of all, then second ones."""
     found = []
     for place, (path, analysis) in enumerate(zip(paths, shown, strict=True)):
         file = path.with_name(FILE)
         if not file.is_file():
-            notes.append(
+            notes.missing.append(
                 f"{path.name}: no attention maps and no text, which tappa analyze --out keeps "
                 f"({FILE})"
             )
@@ -174,14 +214,15 @@ def texts_content(
         try:
             views = load_views(file)
         except ReportError as error:
-            notes.append(f"{str(error).replace(str(file), FILE)}: run tappa analyze again")
+            short = str(error).replace(str(file), f"{file.absolute().parent.name}/{FILE}")
+            notes.damage.append(f"{short}: run tappa analyze again")
             continue
         for number, view in enumerate(views):
             if len(view.maps) != len(analysis["heads"]):
-                notes.append(f"{path.name}: {FILE} has {len(view.maps)} heads, not shown")
+                notes.damage.append(f"{path.name}: {FILE} has {len(view.maps)} heads, not shown")
                 break
             if not view.methods:
-                notes.append(
+                notes.missing.append(
                     f"{view.title}: no tokens that methods keep: too short a text, or a cache of "
                     "another kind"
                 )
@@ -218,7 +259,7 @@ def _removed(result: dict[str, Any]) -> set[int]:
     return {layer for layer in layers if isinstance(layer, int)}
 
 
-def results_content(folder: Path, notes: list[str]) -> dict[str, list[Any]]:
+def results_content(folder: Path, notes: Notes) -> dict[str, list[Any]]:
     """Every file of RESULTS below a folder: a list for each name."""
     if not folder.is_dir():
         raise ReportError(f"expected a folder of results, got {folder}, which is none")
@@ -231,11 +272,13 @@ def results_content(folder: Path, notes: list[str]) -> dict[str, list[Any]]:
             content = json.loads(path.read_text("utf-8"))
             if not isinstance(content, dict):
                 raise ValueError("expected an object")
+            if not any(part in content for part in RESULTS[path.name]):
+                raise ValueError("expected a file of tappa")
             found[path.name].append({"name": name, "content": content})
         except (OSError, ValueError, RecursionError):
-            notes.append(f"{name}/{path.name} cannot be read")
+            notes.damage.append(f"{name}/{path.name} cannot be read")
     if not any(found.values()):
-        notes.append(f"no {', '.join(RESULTS)} below {folder.name}")
+        notes.missing.append(f"no {', '.join(RESULTS)} below {folder.name}")
     return found
 
 

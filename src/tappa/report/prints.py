@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tappa.errors import MissingExtraError, ReportError
+from tappa.errors import MissingExtraError, ReportError, VerificationError
 from tappa.report import print_heads, print_results
 from tappa.report.print_style import Content
 
@@ -38,8 +38,9 @@ def figures(content: Content, kind: str = "png", only: str = "") -> dict[str, by
       results.json
     - bounds-*, relocation-*, observations-*, resonance-*, sensitivity-*: of each verification.json
 
-    `only` draws those of one name: `atlas`, or `quality` for all of `quality-*`. Raises ReportError
-    for another kind of picture and broken results, MissingExtraError without matplotlib.
+    A verification.json that is none is left out, with a note in `content["notes"]`. `only` draws
+    those of one name: `atlas`, or `quality` for all of `quality-*`. Raises ReportError for another
+    kind of picture and broken results, MissingExtraError without matplotlib.
     """
     if kind not in KINDS:
         raise ReportError(f"expected pictures as {', '.join(KINDS)}, got {kind!r}")
@@ -96,7 +97,12 @@ def _of_verifications(content: Content, kind: str) -> Iterator[tuple[str, bytes]
         from tappa.verification.pictures import figures as pictures_of  # needs scipy
         from tappa.verification.results import Verified
 
-        for name, picture in pictures_of(Verified.of(result["content"]), kind).items():
+        try:
+            verified = Verified.of(result["content"])
+        except VerificationError as error:  # the other files are drawn
+            content["notes"].append(f"{result['name']}/verification.json: {error}")
+            continue
+        for name, picture in pictures_of(verified, kind).items():
             yield f"{Path(name).stem}-{Path(result['name']).name}.{kind}", picture
 
 

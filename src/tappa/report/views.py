@@ -102,6 +102,8 @@ def load_views(path: str | Path) -> list[Views]:
             return [_read(file, number) for number in range(int(file["count"]))]
     except Exception as error:  # missing, another format, fields that are not there
         reason = str(error) if isinstance(error, ReportError) else type(error).__name__
+        if isinstance(error, KeyError):
+            reason += f", {error.args[0]}"  # which names the field
         raise ReportError(f"cannot read the views {path}: {reason}") from error
 
 

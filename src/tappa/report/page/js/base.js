@@ -23,12 +23,18 @@ const number = (x) => {
   if (Number.isInteger(x)) return x.toLocaleString("en");
   return Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(3));
 };
+const isNumber = (x) => typeof x === "number";
 const percent = (x) => `${Math.round(100 * x)}%`;
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
 
 // Okabe and Ito's colours, told apart by all eyes, and symbols for those who see none
 const COLOURS = ["#0072b2", "#009e73", "#cc79a7", "#e69f00", "#999999", "#d55e00", "#56b4e9", "#b8a800"];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hourglass"];
+// Black or white, whichever is easier to read on a colour (relative luminance of WCAG)
+const inkOn = (colour) => {
+  const [r, g, b] = [1, 3, 5].map((i) => (parseInt(colour.slice(i, i + 2), 16) / 255) ** 2.2);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.18 ? "#fff" : "#000";
+};
 const BLUE = COLOURS[0], GREEN = COLOURS[1], AMBER = COLOURS[3], GREY = COLOURS[4], RED = COLOURS[5];
 // Methods have the colour of their place here in every plot, so that tappa is red everywhere
 const METHODS = ["streaming_llm", "h2o", "snapkv", "pyramidkv", "cake", "tappa", "tappa_paper", "expected_attention"];
@@ -105,5 +111,5 @@ const note = (text) => {
 };
 // A file may hold anything: what cannot be drawn is said, and the rest of the page goes on
 const guarded = (what, show) => {
-  try { return show(); } catch (error) { note(`${what} cannot be shown: ${error.message}`); return undefined; }
+  try { return show(); } catch (error) { note(`${what} cannot be shown: ${error.message}`); $("notes").open = true; return undefined; }
 };

@@ -51,12 +51,26 @@ const moveBy = (event) => {
   const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
   if (!step) return;
   event.preventDefault();
-  const head = chosen() || { layer: -step[0], head: -step[1] };
-  const index = indexAt(current(), head.layer + step[0], head.head + step[1]);
-  if (index >= 0) choose(index);
+  const from = chosen() || { layer: -step[0], head: -step[1] };
+  const far = (head) => { // the nearest of the shown heads that way, better straight on than aside
+    const down = head.layer - from.layer, right = head.head - from.head;
+    const along = down * step[0] + right * step[1], aside = Math.abs(down * step[1]) + Math.abs(right * step[0]);
+    return along > 0 && matches(head) ? along + 2 * aside : Infinity;
+  };
+  const distances = current().heads.map(far), least = distances.reduce((a, b) => Math.min(a, b), Infinity);
+  if (least < Infinity) choose(distances.indexOf(least));
+};
+const openAsked = () => { // the head of #L18H5
+  const asked = /^#L(\d+)H(\d+)$/.exec(location.hash), index = asked ? indexAt(current(), +asked[1], +asked[2]) : -1;
+  if (index < 0) return;
+  choose(index);
+  $("card").scrollIntoView();
 };
 const listen = () => {
   for (const key of ["colour", "label", "sort"]) $(key).addEventListener("change", () => { state[key] = $(key).value; drawAtlas(); drawList(); });
+  $("ascending").addEventListener("change", () => { state.ascending = $("ascending").checked; drawList(); });
+  $("list").addEventListener("keydown", moveInList);
+  window.addEventListener("hashchange", openAsked);
   $("find").addEventListener("input", () => {
     state.find = $("find").value;
     const found = current().heads.map((_, i) => i).filter((i) => matches(current().heads[i]));
@@ -72,13 +86,13 @@ const listen = () => {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { refresh(); return drawRest(); });
 };
 data.notes.forEach(note);
+$("notes").open = data.damaged > 0;
 if (data.analyses.length) {
   fillSelects(); startCompare(); listen();
   await showAnalysis();
   if (current().heads.length) {
     onClick("atlas", (_, event) => chooseAt(event));
-    const asked = /^#L(\d+)H(\d+)$/.exec(location.hash), index = asked ? indexAt(current(), +asked[1], +asked[2]) : -1;
-    if (index >= 0) choose(index);
+    openAsked();
   }
 }
 document.documentElement.dataset.ready = "heads"; // they can be looked at; the rest follows

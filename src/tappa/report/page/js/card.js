@@ -44,7 +44,9 @@ const drawChannels = (analysis, head) => {
   $("channels").parentElement.hidden = !energy;
   if (!energy) return;
   const turn = (m) => (theta[m] ? `channel ${m}: one turn in ${number((2 * Math.PI) / theta[m])} tokens` : `${m}: not rotated`);
-  draw("channels", `Energy by RoPE channel; ${number(head.dominant_channel)} dominates${head.period ? `, one turn in ${number(Math.round(head.period))} tokens` : ""}`, [{
+  const hidden = head.observed === "periodic" && isNumber(head.measured_channel) && head.measured_channel !== head.dominant_channel && head.period > head.measured_period;
+  const why = hidden ? `: too slow to show in the diagonals, whose period comes from the mean query and key over all channels (here channel ${head.measured_channel})` : "";
+  draw("channels", `Energy by RoPE channel; ${number(head.dominant_channel)} dominates${head.period ? `, one turn in ${number(Math.round(head.period))} tokens` : ""}${why}`, [{
     type: "bar", x: energy.map((_, m) => m), y: energy, hovertext: energy.map((_, m) => turn(m)), hoverinfo: "text+y",
     marker: { color: energy.map((_, m) => (m === head.dominant_channel ? RED : BLUE)) },
   }], { xaxis: axis("channel, fast to slow"), yaxis: axis("share of energy") });

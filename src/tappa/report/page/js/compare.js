@@ -21,9 +21,10 @@ const correlation = (x, y) => {
 };
 const drawCompared = () => {
   const a = data.analyses[+$("first").value], b = data.analyses[+$("second").value], key = $("compared").value, words = data.figures[key];
+  const moved = data.analyses.some(({ origin }) => list(origin).some((old, layer) => old !== layer));
   draw("compare", `${words}: mean of every layer`, data.analyses.map((analysis, i) => ({
     x: byLayer(analysis, key).map((_, layer) => (analysis.origin ? analysis.origin[layer] : layer)), y: byLayer(analysis, key), ...series(i, titleOf(analysis)),
-  })), { xaxis: axis("layer of the first analysis where layers were removed") });
+  })), { xaxis: axis(moved ? "layer of the first analysis, before layers were removed" : "layer") });
   const both = pairs(a, b).filter(([one, two]) => typeof one[key] === "number" && typeof two[key] === "number");
   const same = pairs(a, b).filter(([one, two]) => one.observed === two.observed).length;
   $("compare-words").textContent = both.length

@@ -6,6 +6,8 @@ const byLayer = (analysis, key) => {
 };
 const drawLayers = () => {
   const keys = ["q_similarity", "k_similarity", "predictability", "sink_mass"];
+  $("layers").parentElement.hidden = !current().heads.length;
+  if (!current().heads.length) return;
   draw("layers", "Means over the heads of each layer", keys.map((key, i) => ({ y: byLayer(current(), key), ...series(i, data.figures[key]) })),
     { xaxis: axis("layer"), yaxis: { range: [0, 1.02] } });
 };

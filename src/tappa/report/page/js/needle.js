@@ -1,9 +1,11 @@
 // What a needle lost: where the tokens of a stretch of the text are still kept.
-const needle = { first: -1, last: -1, anchor: 0 };
+const needle = { first: -1, last: -1, anchor: 0, missing: false }; // missing: the phrase is not in the text
 const SHORT = 8; // tokens of the stretch that is shown at first
 const selectNeedle = (a, b) => {
   needle.first = Math.min(a, b);
   needle.last = Math.max(a, b);
+  needle.missing = false;
+  $("phrase-hint").textContent = "";
   spans.forEach((span, token) => span.classList.toggle("needle", token >= needle.first && token <= needle.last));
 };
 const takeNeedle = (a, b) => { selectNeedle(a, b); drawNeedle(); };
@@ -30,15 +32,23 @@ const findPhrase = (from) => { // the next place, by characters, whatever the to
   const low = whole.toLowerCase(), after = starts[from + 1] ?? 0;
   let at = wanted ? low.indexOf(wanted.toLowerCase(), after) : -1;
   if (at < 0 && wanted) at = low.indexOf(wanted.toLowerCase());
-  $("phrase-hint").textContent = wanted && at < 0 ? "not in this text" : "";
+  if (!wanted && needle.missing) { mostDisputed(); drawNeedle(); }
+  if (wanted && at < 0) missNeedle();
   if (at < 0) return;
   const tokenOf = (character) => starts.findLastIndex((start) => start <= character);
   takeNeedle(tokenOf(at), tokenOf(at + wanted.length - 1));
+  needle.anchor = needle.first;
   spans[needle.first].scrollIntoView({ block: "nearest" });
+};
+const missNeedle = () => {
+  selectNeedle(-1, -1);
+  needle.missing = $("needle-found").hidden = true;
+  $("phrase-hint").textContent = "not in this text";
 };
 const startNeedle = () => {
   $("needle").hidden = !text.methods.length;
-  Object.assign(needle, { first: -1, last: -1, anchor: 0 });
+  Object.assign(needle, { first: -1, last: -1, anchor: 0, missing: false });
+  $("phrase-hint").textContent = "";
 };
 const describeNeedle = (which, tokens) => {
   const shares = everyHead(which, budget(), tokens), all = shares.filter((x) => x === 1).length, none = shares.filter((x) => x === 0).length;
@@ -47,7 +57,8 @@ const describeNeedle = (which, tokens) => {
     (lost.length ? `Gone from every head: ${lost.join(", ")}.` : "No token is gone from every head.");
 };
 const drawNeedle = () => {
-  if (!text || !text.methods.length) return;
+  if (!text || !text.methods.length || needle.missing) return;
+  $("needle-found").hidden = false;
   if (needle.first < 0) mostDisputed();
   const tokens = needleTokens(), which = method() < 0 ? text.methods.length - 1 : method(), shares = keptByToken(which, budget());
   $("needle-text").replaceChildren(...tokens.map((token) => {

@@ -4,7 +4,6 @@ const ACROSS = {
   nbytes: ["MB of keys and values held", (row) => row.nbytes / 1e6],
   tokens_held: ["tokens held per layer and KV head, measured", (row) => row.tokens_held],
 };
-const isNumber = (x) => typeof x === "number";
 const drawQuality = (id, table, across) => {
   const [words, of] = ACROSS[across], rows = list(table.rows).filter((row) => isNumber(row.mean)), small = rows.filter((row) => isNumber(row.budget) && isNumber(of(row)));
   const full = rows.find((row) => row.budget === null), ticks = [...new Set(small.map((row) => row.budget))];

@@ -52,6 +52,19 @@ const writeText = () => {
   shade();
 };
 const tokenAt = (event) => (event.target.dataset && event.target.dataset.token !== undefined ? +event.target.dataset.token : -1);
+const focusToken = (token, how) => { // the one stop of the Tab key in the text
+  for (const old of $("tokens").querySelectorAll("[tabindex='0']")) old.tabIndex = -1;
+  spans[token].tabIndex = 0;
+  spans[token].focus(how);
+};
+// The token below (1) or above (-1), where the text is broken into lines
+const nextLine = (from, way) => {
+  const boxes = spans.map((span) => span.getClientRects()[0]), here = boxes[from];
+  if (!here) return -1;
+  const far = (box) => (box && way * (box.top - here.top) > here.height / 2 ? 1e4 * Math.abs(box.top - here.top) + Math.abs(box.left - here.left) : Infinity);
+  const distances = boxes.map(far), least = distances.reduce((a, b) => Math.min(a, b), Infinity);
+  return least === Infinity ? -1 : distances.indexOf(least);
+};
 const listenToText = () => {
   const box = $("tokens");
   box.addEventListener("mouseover", (event) => { if (tokenAt(event) >= 0 && pinned < 0) lookFrom(tokenAt(event)); });
@@ -60,18 +73,21 @@ const listenToText = () => {
   box.addEventListener("click", (event) => {
     const token = tokenAt(event);
     if (token < 0) return;
+    focusToken(token, { preventScroll: true });
     if (event.shiftKey) { takeNeedle(needle.anchor, token); return; }
     pinned = pinned === token ? -1 : token;
     needle.anchor = token;
     lookFrom(token);
   });
   box.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], from = tokenAt(event), to = from + step;
-    if (!step || !spans[to]) return;
+    const from = tokenAt(event), moves = {
+      ArrowRight: () => from + 1, ArrowLeft: () => from - 1, ArrowDown: () => nextLine(from, 1), ArrowUp: () => nextLine(from, -1),
+      Home: () => 0, End: () => spans.length - 1,
+    };
+    const to = from >= 0 && moves[event.key] ? moves[event.key]() : -1;
+    if (!spans[to]) return;
     event.preventDefault();
-    spans[from].tabIndex = -1;
-    spans[to].tabIndex = 0;
-    spans[to].focus();
+    focusToken(to);
     if (event.shiftKey) takeNeedle(needle.anchor, to); else needle.anchor = to;
   });
   $("method").addEventListener("change", () => { shade(); drawNeedle(); });
