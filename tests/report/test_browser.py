@@ -354,7 +354,9 @@ def test_the_list_is_one_stop_and_is_sorted(browser: Any, labelled_file: Path) -
     shares = page.locator("#mix .bar span").evaluate_all("all => all.map(x => x.clientWidth)")
     assert [round(6 * share / sum(shares)) for share in shares] == [1, 3, 2]  # R, S, P
     page.fill("#find", "0 0")
-    assert "channel 1" in page.inner_text("figure:has(#channels) figcaption")
+    words = page.inner_text("#card-sentence")
+    assert "as channel 1 turns. " in words
+    assert "over all channels: channel 2 holds most energy, but turns too slowly to show." in words
     assert errors == []
 
 

@@ -302,7 +302,7 @@ def test_what_is_missing_is_said(analysis: Path, tmp_path: Path) -> None:
         content_of([tmp_path])
     for version in ("9", "2", "1x", "-1", ""):
         old.write_text(json.dumps({"schema": f"tappa.analysis/{version}", "heads": []}))
-        with pytest.raises(ReportError, match="expected schema tappa.analysis/1 or an older one"):
+        with pytest.raises(ReportError, match=r"expected schema tappa.analysis/1 or an older"):
             content_of([old])
     with pytest.raises(ReportError, match="folder of results"):
         content_of([analysis], tmp_path / "nowhere")

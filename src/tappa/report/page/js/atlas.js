@@ -34,7 +34,7 @@ const frame = () => {
   return head ? [{ type: "rect", x0: head.head - 0.5, x1: head.head + 0.5, y0: head.layer - 0.5, y1: head.layer + 0.5, line: { color: RED, width: 4 } }] : [];
 };
 const atlasCaption = (count) =>
-  $("colour").selectedOptions[0].textContent + (state.colour.startsWith("kept:") ? `, at a budget of ${text.budgets[budget()]} tokens a head` : "") + (count ? "" : ": no head matches");
+  $("colour").selectedOptions[0].textContent + (state.colour.startsWith("kept:") ? `, at a budget of ${number(text.budgets[budget()])} tokens a head` : "") + (count ? "" : ": no head matches");
 // Letters of one trace have one colour: cells with black ones and cells with white ones
 const lettered = (trace, letters) => {
   const inks = (value) => inkOn(state.colour === "disagree" ? [COLOURS[6], RED][value] : COLOURS[value]);

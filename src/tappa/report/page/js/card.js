@@ -44,9 +44,7 @@ const drawChannels = (analysis, head) => {
   $("channels").parentElement.hidden = !energy;
   if (!energy) return;
   const turn = (m) => (theta[m] ? `channel ${m}: one turn in ${number((2 * Math.PI) / theta[m])} tokens` : `${m}: not rotated`);
-  const hidden = head.observed === "periodic" && isNumber(head.measured_channel) && head.measured_channel !== head.dominant_channel && head.period > head.measured_period;
-  const why = hidden ? `: too slow to show in the diagonals, whose period comes from the mean query and key over all channels (here channel ${head.measured_channel})` : "";
-  draw("channels", `Energy by RoPE channel; ${number(head.dominant_channel)} dominates${head.period ? `, one turn in ${number(Math.round(head.period))} tokens` : ""}${why}`, [{
+  draw("channels", `Energy by RoPE channel; ${number(head.dominant_channel)} dominates${head.period ? `, one turn in ${number(Math.round(head.period))} tokens` : ""}`, [{
     type: "bar", x: energy.map((_, m) => m), y: energy, hovertext: energy.map((_, m) => turn(m)), hoverinfo: "text+y",
     marker: { color: energy.map((_, m) => (m === head.dominant_channel ? RED : BLUE)) },
   }], { xaxis: axis("channel, fast to slow"), yaxis: axis("share of energy") });
@@ -79,6 +77,12 @@ const drawFigures = (head) => {
     return row;
   }));
 };
+// A periodic head may hold most energy in a channel that turns too slowly for its diagonals
+const whyAnother = (head) => {
+  const { observed, measured_channel: turning, dominant_channel: largest } = head;
+  if (observed !== "periodic" || !isNumber(turning) || turning === largest || !(head.period > head.measured_period)) return "";
+  return `The period comes from the mean query and key over all channels: channel ${largest} holds most energy, but turns too slowly to show. `;
+};
 const drawCard = () => {
   const analysis = current(), head = chosen();
   $("card").hidden = !head;
@@ -87,6 +91,6 @@ const drawCard = () => {
   $("card-title").textContent = `${name(head)}: ${head.observed || "?"}${otherwise}`;
   $("card").style.borderColor = colourOfLabel(head.observed);
   const sentence = head.sentence ? `${head.sentence[0].toUpperCase()}${head.sentence.slice(1)}. ` : "";
-  $("card-sentence").textContent = sentence + (head.q_similarity === null ? "" : `Its queries are self-similar with S = ${number(head.q_similarity)}.`);
+  $("card-sentence").textContent = sentence + whyAnother(head) + (head.q_similarity === null ? "" : `Its queries are self-similar with S = ${number(head.q_similarity)}.`);
   drawMap(); drawLags(analysis, head); drawChannels(analysis, head); drawPersistence(head); drawFigures(head);
 };
