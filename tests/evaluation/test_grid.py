@@ -438,6 +438,9 @@ def test_names_and_data(lm: GridLM, tmp_path: Path) -> None:
         samples_of(["longbench"], lm, Source(data=tmp_path), tmp_path / "tasks")
     with pytest.raises(EvaluationError, match="more than the model's context"):
         samples_of(["fidelity"], lm, Source(lengths=(10**6,)), tmp_path / "tasks")
+    for task, least in (("fidelity", 66), ("perplexity", 4)):
+        with pytest.raises(EvaluationError, match=f"too few for {task}, which needs {least}$"):
+            samples_of([task], lm, Source(lengths=(least - 1,)), tmp_path / "tasks")
     with pytest.raises(EvaluationError, match="local_number_recall"):
         samples_of(["local_numbr_recall"], lm, Source(1, (700,)), tmp_path / "tasks")
 

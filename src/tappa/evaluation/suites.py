@@ -90,6 +90,9 @@ def _text_samples(task: str, lm: GridLM, source: Source) -> list[Sample]:
     found: list[Sample] = []
     for length in source.lengths:
         context = length - NEXT if task == "fidelity" else length // 2
+        if context < 2:
+            least = NEXT + 2 if task == "fidelity" else 4
+            raise EvaluationError(f"{length} tokens are too few for {task}, which needs {least}")
         for number, window in enumerate(windows(ids, length, source.limit, source.seed)):
             name = f"{task}_{length}" if len(source.lengths) > 1 else task
             sample = TextSample(task, number, window[:context], window[context:])
