@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from tappa.compression.ragged_attention import ragged_attention, ragged_attention_reference
+from tappa.compression import ragged_attention as module
+from tappa.compression.ragged_attention import (
+    can_attend,
+    ragged_attention,
+    ragged_attention_reference,
+)
 
 pytest.importorskip("triton")
 
@@ -55,3 +60,20 @@ def test_one_token_is_its_value() -> None:
     where = (torch.tensor([0]), torch.tensor([1]))
     out = ragged_attention(torch.randn(1, 2, 4), torch.randn(1, 4), values, *where, 1.0)
     assert out.tolist() == [[[0.0, 1.0, 2.0, 3.0]] * 2]
+
+
+def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    module._runs_on.cache_clear()
+    assert module._runs_on(device)  # in the interpreter
+    assert not can_attend(torch.zeros(1))  # it is not what runs on a CPU
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C compiler\nand a page of text")
+
+    monkeypatch.setattr(module, "ragged_attention", broken)
+    module._runs_on.cache_clear()
+    with pytest.warns(RuntimeWarning, match="padded instead: RuntimeError: no C compiler$"):
+        assert not module._runs_on(device)
+    assert not module._runs_on(device)  # pytest turns a second warning into an error
+    module._runs_on.cache_clear()

@@ -6,6 +6,8 @@ what it computes.
 
 import importlib.util
 import math
+import warnings
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -16,8 +18,26 @@ LOG2_E = 1 / math.log(2)  # exp(x) is 2 to the power of x * LOG2_E
 
 
 def can_attend(x: Tensor) -> bool:
-    """Whether the kernel runs where this tensor is: on a GPU, with Triton."""
-    return x.is_cuda and importlib.util.find_spec("triton") is not None
+    """Whether the kernel runs where this tensor is: on a GPU, with a Triton that works."""
+    return x.is_cuda and importlib.util.find_spec("triton") is not None and _runs_on(x.device)
+
+
+@cache
+def _runs_on(device: torch.device) -> bool:
+    """Tried once, on one token. One warning tells of a compiler or driver that refuses."""
+    one, where = torch.ones(1, 1, device=device), torch.arange(2, device=device)
+    try:
+        return bool(ragged_attention(one[None], one, one, where[:1], where[1:], 1.0) == 1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what compilers and drivers raise has no type in common
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        warnings.warn(
+            f"a Triton kernel does not run on {device}, batches are padded instead: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
 
 
 def ragged_attention(
