@@ -1,7 +1,9 @@
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -9,11 +11,16 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton
 
+import tappa.kernels
 import tappa.models
+from kernel_checks import poisoned
 from tappa.cli import main
+from tappa.kernels import launching
 from tappa.models import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
+# there are no wheels of Triton for every platform
+collect_ignore = ["kernels"] if importlib.util.find_spec("triton") is None else []
 torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
@@ -29,6 +36,33 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("TAPPA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers hold NaN before they are written."""
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch, poison: None) -> list[str]:
+    """Kernels serve here too (interpreted if there is no GPU), and buffers are poisoned.
+
+    Gives the names of those that ran.
+    """
+    ran: list[str] = []
+    attempt = tappa.kernels._attempt
+
+    def noted(kernel: str, *arguments: Any) -> Any:
+        result = attempt(kernel, *arguments)
+        if result is not None:
+            ran.append(kernel)
+        return result
+
+    monkeypatch.setattr(launching, "runs_on", lambda x: True)
+    monkeypatch.setattr(tappa.kernels, "_attempt", noted)
+    monkeypatch.setattr(launching, "FAILED", set())
+    return ran
 
 
 @pytest.fixture

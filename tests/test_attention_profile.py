@@ -241,3 +241,6 @@ def test_persistence_by_hand() -> None:
     assert float(persistence(now, later, 1)) == pytest.approx(0.5 + 0.3)
     assert float(persistence(now, later, 2)) == pytest.approx(0.3)
     assert float(persistence(now, later, 3)) == 0
+    each = torch.tensor([0, 1, 2, 3])
+    together = persistence(now.expand(4, 1, 3), later.expand(4, 1, 3), each)
+    assert together.tolist() == pytest.approx([0.6, 0.8, 0.3, 0])

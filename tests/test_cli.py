@@ -112,7 +112,10 @@ def test_bad_text(
     [
         (("--tokens", "513"), "more than the model's context of 512 tokens"),
         (("--tokens", "3"), "expected at least 8 tokens, got tokens=3"),
-        (("--device", "warp"), "expected the device auto, cpu, cuda or cuda:N, got 'warp'"),
+        (
+            ("--device", "warp"),
+            "expected the device auto, all, tp, cpu, cuda or cuda:N, got",
+        ),
         (("--dtype", "int4"), "expected the dtype auto, float32"),
     ],
 )

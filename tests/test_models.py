@@ -65,7 +65,7 @@ def test_dtype_is_float32_on_the_cpu_whatever_the_checkpoint_holds(tmp_path):
 
 def test_unknown_devices_and_dtypes_are_refused_with_the_known_ones(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device auto, cpu, cuda or cuda:N, got 'tpu'" in refusal(folder, device="tpu")
+    assert "device auto, all, tp, cpu, cuda or cuda:N, got 'tpu'" in refusal(folder, device="tpu")
     assert "PyTorch sees no GPU" in refusal(folder, device="cuda:1")
     for dtype in ("int8", torch.int8):
         assert "auto, float32, float64, bfloat16, float16, got" in refusal(folder, dtype=dtype)

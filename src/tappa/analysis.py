@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,14 @@ from tappa.files import write_atomic
 from tappa.layer_statistics import LayerStatistics, PromptLayer, Settings
 from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
+from tappa.tensor_parallel import HeadShards
 from tappa.texts import encode_texts
 
 SCHEMA = "tappa.analysis/1"
+SHARDS = 256  # groups of prompts at most, however many there are
 MODEL_KEYS = {"name", "class", "layers", "heads", "kv_heads", "dtype"}
 Progress = Callable[[int, int], None]
+Ids = TypeVar("Ids", list[int], np.ndarray)  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -154,28 +157,61 @@ def analyze(
     Raises:
         TextError, ModelError, CaptureError, NonFiniteError: one line that says what is wrong.
     """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    prompts = encode_texts(tokenizer, texts, tokens, context_length(model))
+    steps = forward_passes(prompts, chunk) * int(model.config.get_text_config().num_hidden_layers)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, steps)
+
+    wanted = settings or Settings()
+    parts = (analyze_prompts(model, s, wanted, chunk, step) for s in shards_of(prompts))
+    return reduce(Analysis.merge, parts)
+
+
+def shards_of(prompts: Sequence[Ids]) -> list[Sequence[Ids]]:
+    """Prompts in at most SHARDS groups: what is merged, and what a worker of a cluster does.
+
+    They follow from the prompts alone, so that sums do not depend on who added them up.
+    """
+    size = -(-len(prompts) // SHARDS)
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+
+def forward_passes(prompts: Sequence[Ids], chunk: int | None) -> int:
+    """How often a model runs to read them. Raises TextError for a chunk that cannot be."""
     if chunk is not None and chunk < 1:
         raise TextError(f"expected a chunk of at least 1 token, got {chunk}")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    settings = settings or Settings()
-    prompts = encode_texts(tokenizer, texts, tokens, context_length(model))
-    pieces = [-(-len(ids) // chunk) if chunk else 1 for ids in prompts]
-    steps = int(model.config.get_text_config().num_hidden_layers)
-    total, done = steps * sum(pieces), 0
+    return sum(-(-len(ids) // chunk) if chunk else 1 for ids in prompts)
+
+
+def analyze_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    chunk: int | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> Analysis:
+    """The analysis of one shard; `step` is called after every layer."""
+    shards, described = HeadShards.of(model), describe(model)
     merged: Analysis | None = None
     for ids in prompts:
         layers: dict[int, PromptLayer] = {}
 
         def consume(view: LayerView, layers: dict[int, PromptLayer] = layers) -> None:
-            nonlocal done
             layers.setdefault(view.layer, PromptLayer(settings)).add(view)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+            step()
 
         prefill(model, torch.tensor([ids]), consume, chunk=chunk, logits_to_keep=1)
-        statistics = [layers[index].statistics() for index in sorted(layers)]
-        prompt = Analysis(describe(model), [len(ids)], statistics, settings)
+        statistics = [
+            layers[index].statistics().of_all_ranks(shards, described["heads"])
+            for index in sorted(layers)
+        ]
+        prompt = Analysis(described, [len(ids)], statistics, settings)
         merged = prompt if merged is None else merged.merge(prompt)
     assert merged is not None  # encode_texts refuses to return nothing
     return merged

@@ -5,12 +5,13 @@ Both take post-RoPE queries and keys of one layer and one prompt without padding
 over rows (queries), so that profiles of chunks and of prompts add up.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tappa import kernels
 from tappa.similarity import lag_counts, lag_sums
 
 SINK_TOKENS = 4  # the first tokens of a prompt, where sinks sit
@@ -123,15 +124,43 @@ def attention_profile(
 
     `keys` holds every key that these queries may see, from position `key_start` on (not 0 when a
     sliding-window cache has dropped some); `previous` is the query just before the chunk, so that
-    the pair across the border is counted too. Time O(T^2 d), memory O(T): rows are taken in blocks
-    that fit the processor's cache, whole rows at a time, without repeating keys for GQA.
+    the pair across the border is counted too. Time O(T^2 d), memory O(T), without repeating keys
+    for GQA: on a GPU by Triton kernels, else in blocks of whole rows that fit the cache.
     """
-    heads, steps, _ = queries.shape
-    kv_heads, past, _ = keys.shape
+    steps, past = queries.shape[1], keys.shape[1]
     if previous is not None:
         queries = torch.cat([previous[:, None], queries], dim=1)
-    start = query_start - (previous is not None)  # position of the first row
     profile = _empty(queries, past + key_start, lags, query_start, steps, previous is not None)
+    lag_start = query_start - key_start
+    visible = torch.arange(lags) < (attention.window or lags)
+    profile.lag_counts = lag_counts(steps, past, lags, lag_start) * visible
+    sums = kernels.profile_sums(
+        *(queries, keys, lags, SINK_TOKENS),
+        **asdict(attention),
+        query_start=query_start,
+        key_start=key_start,
+        has_previous=previous is not None,
+    )
+    if sums is None:
+        _add_blocks(profile, queries.float(), keys.float(), attention, query_start, key_start)
+    else:
+        vars(profile).update(sums)
+    return profile
+
+
+def _add_blocks(
+    profile: AttentionProfile,
+    queries: Float[Tensor, "heads rows dim"],
+    keys: Float[Tensor, "kv_heads past dim"],
+    attention: Attention,
+    query_start: int,
+    key_start: int,
+) -> None:
+    """Add all rows from `query_start` on; the queries may start with the one before."""
+    heads, rows, _ = queries.shape
+    kv_heads, past, _ = keys.shape
+    steps, lags = profile.rows, len(profile.lag_counts)
+    start = query_start + steps - rows  # position of the first row
     grouped = queries.view(kv_heads, heads // kv_heads, *queries.shape[1:])
     kv_step, row_step = _block_shape(heads // kv_heads, kv_heads, past, queries.device)
     for kv in range(0, kv_heads, kv_step):
@@ -144,15 +173,12 @@ def attention_profile(
             block_keys = keys[kv : kv + kv_step, first_key - key_start : high - key_start]
             group = slice(kv * (heads // kv_heads), (kv + kv_step) * (heads // kv_heads))
             _add_block(profile, group, block, block_keys, attention, low, first_key, row - low)
-    lag_start = query_start - key_start
-    fresh = grouped[:, :, query_start - start :].flatten(0, 1)
-    visible = torch.arange(lags) < (attention.window or lags)
-    profile.lag_counts = lag_counts(steps, past, lags, lag_start) * visible
+    fresh = queries[:, query_start - start :]
+    visible = torch.arange(lags, device=queries.device) < (attention.window or lags)
     for kv in range(kv_heads):  # one at a time: the FFT keeps (size, dim) numbers for each head
         group = slice(kv * (heads // kv_heads), (kv + 1) * (heads // kv_heads))
-        products = lag_sums(fresh[group], keys[kv : kv + 1], lags, lag_start)
-        profile.lag_logits[group] = attention.scale * products * visible.to(products)
-    return profile
+        products = lag_sums(fresh[group], keys[kv : kv + 1], lags, query_start - key_start)
+        profile.lag_logits[group] = attention.scale * products * visible
 
 
 def attention_rows(
@@ -172,10 +198,17 @@ def attention_rows(
 
 
 def persistence(
-    now: Float[Tensor, "rows keys"], later: Float[Tensor, "rows keys"], v: int
-) -> Float[Tensor, ""]:
-    """`P(u, v) = sum_i min(A[t, i], A[t+u, i+v])` of one head, summed over rows t."""
-    return torch.minimum(now[:, : now.shape[1] - v], later[:, v:]).sum()
+    now: Float[Tensor, "*heads rows keys"],
+    later: Float[Tensor, "*heads rows keys"],
+    v: int | Int[Tensor, "*heads"],
+) -> Float[Tensor, "*heads"]:
+    """`P(u, v) = sum_i min(A[t, i], A[t+u, i+v])`, summed over rows t; v may differ by head."""
+    keys = now.shape[-1]
+    if isinstance(v, int):
+        return torch.minimum(now[..., : keys - v], later[..., v:]).sum((-1, -2))
+    at = torch.arange(keys, device=now.device) + v[..., None, None]
+    moved = later.gather(-1, at.clamp_max(keys - 1).expand_as(later)).masked_fill_(at >= keys, 0)
+    return torch.minimum(now, moved).sum((-1, -2))
 
 
 def _empty(

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from tappa.errors import CaptureError, ModelError
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
+from tappa.tensor_parallel import HeadShards
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,27 @@ class LayerView:
 
     layer: int
     row: int  # which prompt of the batch
-    queries: Float[Tensor, "heads steps dim"]  # post-RoPE, float32
-    keys: Float[Tensor, "kv_heads past dim"]  # post-RoPE, float32
+    model_queries: Float[Tensor, "heads steps dim"]  # post-RoPE, in the model's type
+    model_keys: Float[Tensor, "kv_heads past dim"]
     rotary: RotaryChannels
     attention: Attention
     query_start: int
     key_start: int
+    shards: HeadShards = field(default_factory=HeadShards)  # whose heads these are
+
+    @cached_property
+    def queries(self) -> Float[Tensor, "heads steps dim"]:
+        """Post-RoPE, float32."""
+        return self.model_queries.float()
+
+    @cached_property
+    def keys(self) -> Float[Tensor, "kv_heads past dim"]:
+        """Post-RoPE, float32."""
+        return self.model_keys.float()
 
     def unrotate(self, x: Float[Tensor, "heads tokens dim"], start: int) -> Tensor:
         """Vectors before RoPE, of consecutive positions from `start` on."""
-        positions = torch.arange(start, start + x.shape[-2], device=x.device)
-        return self.rotary.unrotate(x, positions)
+        return self.rotary.unrotate_from(x, start)
 
 
 Consumer = Callable[[LayerView], None]
@@ -90,6 +102,7 @@ class _Session:
     consume: Consumer
     probe: RotaryProbe
     switch: AttentionSwitch = field(init=False)
+    shards: HeadShards = field(init=False)
     start: int = 0  # tokens seen before this forward pass
     spans: list[tuple[int, int]] = field(default_factory=list)  # unpadded part of each prompt
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -99,6 +112,7 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.switch = AttentionSwitch(self.model, self.attend)
+        self.shards = HeadShards.of(self.model)
 
     def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
@@ -160,12 +174,13 @@ class _Session:
             view = LayerView(
                 layer=layer,
                 row=row,
-                queries=query[row, :, first:last].float(),
-                keys=key[row, :, pad:end].float(),
+                model_queries=query[row, :, first:last],
+                model_keys=key[row, :, pad:end],
                 rotary=rotary.to(query.device),
                 attention=attention,
                 query_start=self.start,
                 key_start=seen - key.shape[2],
+                shards=self.shards,
             )
             _check_mask(mask, view, first, pad)
             self.consume(view)
@@ -175,7 +190,8 @@ class _Session:
         row = max(range(len(self.spans)), key=lambda r: self.spans[r][1] - self.spans[r][0])
         tokens = slice(*self.spans[row])
         rotary = self.probe.channels(module, row, tokens, self.positions[row, tokens])
-        if not torch.equal(self.frequencies.setdefault(module, rotary.theta), rotary.theta):
+        known = self.frequencies.setdefault(module, rotary.theta)
+        if known is not rotary.theta and not torch.equal(known, rotary.theta):
             raise CaptureError(
                 "RoPE frequencies changed between chunks (dynamic scaling): "
                 "analyse this prompt in one piece (chunk=None)"

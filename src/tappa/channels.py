@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tappa.kernels.sums import VectorSums
 from tappa.rope import RotaryChannels
 from tappa.similarity import autocorrelation
 
@@ -27,9 +28,18 @@ class ChannelSums:
         self._steps += queries.shape[1]
         for name, x in (("q", queries), ("k", keys)):
             norms = self.rotary.norms(x).sum(1, dtype=torch.float64)
-            vectors = self.rotary.pairs(x.sum(1, dtype=torch.float64))
-            for key, value in ((f"{name}_norms", norms), (f"{name}_vectors", vectors)):
-                self._sums[key] = self._sums[key] + value if key in self._sums else value
+            self._add(name, norms, x.sum(1, dtype=torch.float64))
+
+    def add_sums(self, queries: VectorSums, keys: VectorSums, steps: int) -> None:
+        """`add`, where the sums over these steps are known."""
+        self._steps += steps
+        for name, sums in (("q", queries), ("k", keys)):
+            self._add(name, sums.norms, sums.vectors)
+
+    def _add(self, name: str, norms: Tensor, vectors: Tensor) -> None:
+        sums = {f"{name}_norms": norms, f"{name}_vectors": self.rotary.pairs(vectors)}
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def statistics(self) -> dict[str, Tensor]:
         """Figures that add up over prompts, for every query head: sums over the steps of

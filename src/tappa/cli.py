@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tappa
-from tappa import pruning
+from tappa import cluster, pruning
+from tappa.cluster.options import CpusOption, GpusOption, RayAddressOption, WorkersOption
 from tappa.compression import (
     check_method,
     describe_methods,
@@ -28,7 +29,7 @@ from tappa.display import render_methods, render_plan, render_written, show
 from tappa.errors import EvaluationError, MissingExtraError, PruningError, TappaError, TextError
 from tappa.files import check_writable_folder, ensure_folder, write_atomic
 from tappa.report.content import content_of
-from tappa.report.looking import TEXTS, look
+from tappa.report.looking import TEXTS
 from tappa.report.page import render, write_report
 from tappa.report.prints import figures
 from tappa.report.views import FILE, save_views
@@ -91,6 +92,13 @@ def analyze(
     chunk: Annotated[
         int | None, typer.Option(min=8, help="Prefill in pieces of this many tokens.")
     ] = None,
+    workers: WorkersOption = 1,
+    ray_address: RayAddressOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what there is to do and its cost; do nothing.")
+    ] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Analyse every attention head of a RoPE language model.
@@ -100,6 +108,7 @@ def analyze(
     \b
       tappa analyze
       tappa analyze model.gguf --text notes.txt --tokens 4096 --out results
+      tappa analyze model.gguf --text a.txt --text b.txt --workers 2 --out results
       tappa analyze ./my-model --json | jq '.agreement'
     """
     texts = [read_text(path) for path in text] if text else [packaged_text()]
@@ -107,33 +116,35 @@ def analyze(
     if out is not None:
         check_writable_folder(out)
     errors = Console(stderr=True)
-    with errors.status("loading the model"):
-        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _progress(errors) as bar:
-        task = bar.add_task("layers", total=None)
-        analysis = tappa.analyze(
-            *(loaded.model, loaded.tokenizer, texts),
-            tokens=tokens,
-            chunk=chunk,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    written = []
-    if out is not None:
-        ensure_folder(out)
-        written = [analysis.save(out / "analysis.json")]
-        table = analysis.to_frame().to_csv(index=False)
-        written.append(write_atomic(out / "heads.csv", table))
-    if out is not None and report:
-        with errors.status("drawing the report"):
-            views = [
-                look(loaded.model, loaded.tokenizer, content, title=title, tokens=tokens)
-                for title, content in list(zip(titles, texts, strict=True))[:shown]
-            ]
-            written.append(save_views(out / FILE, views))
-            try:
-                written.append(write_report(out / "report.html", [out / "analysis.json"]))
-            except MissingExtraError as error:
-                warnings.warn(str(error), stacklevel=1)
+    source = cluster.ModelSource(model, device, dtype, trust_remote_code)
+    placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
+    if dry_run:
+        print(cluster.estimate_analysis(model, texts, tokens, placement))
+        return
+    with cluster.open_pool(source, placement, errors) as pool:
+        with cluster.following(errors, "analysing", "steps") as follow:
+            analysis = cluster.analyze_texts(
+                *(pool, texts),
+                tokens=tokens,
+                chunk=chunk,
+                folder=cluster.state_folder(out, placement),
+                follow=follow,
+            )
+        written = []
+        if out is not None:
+            ensure_folder(out)
+            written = [analysis.save(out / "analysis.json")]
+            table = analysis.to_frame().to_csv(index=False)
+            written.append(write_atomic(out / "heads.csv", table))
+        if out is not None and report:
+            with errors.status("drawing the report"):
+                chosen = list(zip(titles, texts, strict=True))[:shown]
+                views = [cluster.look_at(pool, content, title, tokens) for title, content in chosen]
+                written.append(save_views(out / FILE, views))
+                try:
+                    written.append(write_report(out / "report.html", [out / "analysis.json"]))
+                except MissingExtraError as error:
+                    warnings.warn(str(error), stacklevel=1)
     if as_json:
         print(json.dumps(analysis.summary(), allow_nan=False))
         return
@@ -312,6 +323,13 @@ def evaluate_methods(
         int | None,
         typer.Option(min=1, help="Samples answered together. Default: 4 on a GPU, otherwise 1."),
     ] = None,
+    workers: WorkersOption = 1,
+    ray_address: RayAddressOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what there is to do and its cost; do nothing.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -327,6 +345,7 @@ def evaluate_methods(
       tappa eval model.gguf --tasks ruler,local --budgets 128,512 -o results
       tappa eval model.gguf --methods "full,cake,tappa,tappa(gamma=0)" --data essays
       tappa eval ./my-model --tasks longbench --data LongBench/data --chat
+      tappa eval ./my-model --tasks ruler --workers 8 --ray-address auto --dry-run
     """
     kit = _evaluation()
     wanted = kit.Evaluation(
@@ -346,18 +365,24 @@ def evaluate_methods(
     wanted.cells()
     kit.check_names(wanted.tasks, data)
     part = _shard(shard)
+    placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
+    if dry_run:
+        print(cluster.estimate_grid(model, wanted, out, placement))
+        return
     check_writable_folder(out)
+    source = cluster.ModelSource(model, device, dtype, trust_remote_code)
+    many = _extra("tappa.cluster.evaluate", "eval")
     errors = Console(stderr=True)
-    with errors.status("loading the model"):
-        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _progress(errors, "evaluating", "samples") as bar:
-        task = bar.add_task("samples", total=None)
-        results = kit.evaluate(
-            *(loaded.model, loaded.tokenizer, wanted, out),
+    with (
+        cluster.open_pool(source, placement, errors) as pool,
+        cluster.following(errors, "evaluating", "samples") as follow,
+    ):
+        results = many.evaluate_grid(
+            *(pool, wanted, out),
             name="SmolLM2-135M-Instruct" if model is None else model,
             shard=part,
             batch=batch,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            follow=follow,
         )
     print(results.markdown)
     print(kit.describe_outcome(results.outcome))
@@ -436,6 +461,10 @@ def prune(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in the output folder.")
     ] = False,
+    workers: WorkersOption = 1,
+    ray_address: RayAddressOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -465,19 +494,21 @@ def prune(
     known = [read_text(path) for path in text] if text else [first]
     held = second if held_out is None else read_text(held_out)
     errors = Console(stderr=True)
+    source = cluster.ModelSource(model, device, dtype, trust_remote_code)
+    placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
     with errors.status("loading the model"):
-        loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = cluster.for_this_process(source, placement).load()
     wanted.check(loaded.model)
     cut = {"window": window, "limit": windows}
     windows_of = partial(kit.Windows.of, loaded.model, loaded.tokenizer)
     calibration_windows = windows_of(known, stride=stride, **cut)
     held_windows = windows_of(held, stride=window, **cut)
-    with _progress(errors, "calibrating", "windows") as bar:
-        task = bar.add_task("windows", total=None)
-        found = kit.calibrate_on(
-            *(loaded.model, calibration_windows),
+    with cluster.following(errors, "calibrating", "pieces") as follow:
+        found = cluster.calibrate_windows(
+            *(source, placement, loaded.model, calibration_windows),
             state=calibration,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            console=errors,
+            follow=follow,
         )
     with _progress(errors, "choosing", "measured") as bar:
         task = bar.add_task("measured", total=None)
@@ -495,12 +526,12 @@ def prune(
     with _progress(errors, "measuring", "windows") as bar:
         task = bar.add_task("windows", total=None)
 
-        def follow(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        before = kit.measure(loaded.model, held_windows, progress=follow)
+        before = kit.measure(loaded.model, held_windows, progress=update)
         kit.apply(loaded.model, chosen)
-        after = kit.measure(loaded.model, held_windows, progress=follow)
+        after = kit.measure(loaded.model, held_windows, progress=update)
     texts = {
         "calibration": ", ".join(p.name for p in text or []) or "first half of the packaged text",
         "held_out": held_out.name if held_out else "second half of the packaged text",

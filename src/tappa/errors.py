@@ -51,3 +51,7 @@ class NonFiniteError(CaptureError):
 
 class ReportError(TappaError):
     """What a report should show cannot be read."""
+
+
+class ClusterError(TappaError):
+    """Workers that cannot be had, or a piece of work that failed again and again."""

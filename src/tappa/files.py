@@ -44,6 +44,15 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def difference(known: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first entry in which two descriptions differ once they are JSON, in words."""
+    wanted = json.loads(json.dumps(wanted))
+    for key in sorted(wanted.keys() | known.keys()):
+        if known.get(key) != wanted.get(key):
+            return f"{key} is {known.get(key)!r} there and {wanted.get(key)!r} now"
+    return None
+
+
 def finite(x: Any) -> Any:
     """The same nested lists and dictionaries with None for NaN and infinity: JSON has neither."""
     if isinstance(x, dict):

@@ -28,6 +28,8 @@ class AttentionSwitch:
     function that it would have called. Masks are made for that one.
     """
 
+    masks = True  # whether the model is to make masks for `attend`
+
     def __init__(self, model: PreTrainedModel, attend: Attend) -> None:
         modules = (m for m in model.modules() if hasattr(m, "config"))
         self.configs: list[Any] = list({id(m.config): m.config for m in modules}.values())
@@ -37,9 +39,10 @@ class AttentionSwitch:
         self.wrapped = ""
         self.before: list[str] = []
 
-    def renewed(self, attend: Attend) -> "AttentionSwitch":
+    def renewed(self, attend: Attend, masks: bool = True) -> "AttentionSwitch":
         """One of the same model for another function: it need not look at all modules again."""
         twin = copy.copy(self)
+        twin.masks = masks
         twin.name, twin.attend = f"{PREFIX}_{id(twin):x}", attend
         twin.wrapped, twin.before = "", []
         return twin
@@ -52,7 +55,7 @@ class AttentionSwitch:
         if getattr(self.config, "is_causal", True) is False:
             raise ModelError("expected a causal model, the config says is_causal=False")
         AttentionInterface.register(self.name, self.attend)
-        if self.wrapped in ALL_MASK_ATTENTION_FUNCTIONS:
+        if self.masks and self.wrapped in ALL_MASK_ATTENTION_FUNCTIONS:
             mask = ALL_MASK_ATTENTION_FUNCTIONS[self.wrapped]
             AttentionMaskInterface.register(self.name, mask)
         self.before = [config._attn_implementation for config in self.configs]

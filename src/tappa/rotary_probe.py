@@ -84,7 +84,8 @@ class RotaryProbe:
             # read now: dynamic scaling replaces the buffers
             buffers = [table for m in self._rotary for table in _inv_freqs(m)]
             theta = match_frequencies(cos, sin, positions, buffers)
-            self._channels[key] = table[0], layout.channels(theta)  # keeps the table's id taken
+            channels = layout.channels(theta).to(cos.device)
+            self._channels[key] = table[0], channels  # keeps the table's id taken
         return self._channels[key][1]
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -9,6 +9,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tappa import kernels
+from tappa.kernels.sums import VectorSums
+
 Space = Literal["pre", "post"]
 Pairs = Literal["all", "adjacent"]
 Extent = Literal["prompt", "window"]
@@ -92,14 +95,33 @@ class UnitSums:
 
         Without `adjacent` the sums over neighbours come out as NaN, and cost nothing.
         """
-        joined = unit if self.tail is None else torch.cat([self.tail, unit], dim=-2)
-        new = joined[..., -unit.shape[-2] - 1 :, :]  # with the step before, if there is one
-        self.adjacent = self.adjacent + _adjacent(new)[0] if adjacent else torch.nan
-        total = _sum_of_steps(unit)
         squares = torch.linalg.vecdot(unit, unit).sum(-1, dtype=torch.float64)
+        cosines = _adjacent(unit)[0] if adjacent else None
+        self.add_sums(_sum_of_steps(unit), squares, cosines, unit, window, unit.shape[-2])
+
+    def add_sums(
+        self,
+        total: Float64[Tensor, "heads dim"],
+        squares: Float64[Tensor, " heads"],
+        adjacent: Float64[Tensor, " heads"] | None,
+        unit: Float[Tensor, "heads ends dim"],
+        window: int,
+        steps: int,
+    ) -> None:
+        """`add`, from sums over the next steps; `unit` has at least their first and last ones."""
+        tail = self.tail
+        if adjacent is None:
+            self.adjacent = torch.nan
+        else:
+            self.adjacent = self.adjacent + adjacent
+            if tail is not None:
+                border = torch.cat([tail[..., -1:, :], unit[..., :1, :]], dim=-2)
+                self.adjacent = self.adjacent + _adjacent(border)[0]
         self.total = total if self.total is None else self.total + total
         self.squares = squares if self.squares is None else self.squares + squares
-        self.steps += unit.shape[-2]
+        self.steps += steps
+        last = unit[..., -max(window, 1) :, :]
+        joined = last if tail is None else torch.cat([tail, last], dim=-2)
         self.tail = joined[..., -max(window, 1) :, :].clone()
 
     def sums(self, window: int) -> Iterator[tuple[Pairs, Extent, Tensor, int]]:
@@ -139,6 +161,25 @@ class SelfSimilarity:
         self._streams["pre"].add(normalize(pre, dim=-1), self.window)
         self._streams["post"].add(normalize(post, dim=-1), self.window)
 
+    def add_sums(
+        self,
+        sums: VectorSums,
+        pre: Float[Tensor, "heads tokens dim"],
+        post: Float[Tensor, "heads tokens dim"],
+    ) -> None:
+        """`add`, where the sums over these steps are known: the vectors serve for the ends only."""
+        steps = post.shape[-2]
+        spaces: tuple[tuple[Space, Tensor, Tensor, Tensor], ...] = (
+            ("pre", pre, sums.pre, sums.adjacent_pre),
+            ("post", post, sums.post, sums.adjacent_post),
+        )
+        for space, x, total, adjacent in spaces:
+            if steps > self.window:
+                x = torch.cat([x[..., :1, :], x[..., -self.window :, :]], dim=-2)
+            unit = normalize(x.float(), dim=-1)
+            stream = self._streams[space]
+            stream.add_sums(total, sums.squares, adjacent, unit, self.window, steps)
+
     def sums(self) -> dict[Variant, tuple[Tensor, int]]:
         """For each variant (sum of cosines per head, number of pairs) of the steps so far."""
         return {
@@ -151,12 +192,15 @@ class SelfSimilarity:
 def autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Tensor, "heads lags"]:
     """Mean cosine of steps L apart, `C(L) = mean_t x_t . x_(t+L) / (|x_t| |x_(t+L)|)`, L < lags.
 
-    By FFT along the tokens: O(T log T d) time. NaN where no two steps are L apart.
+    By FFT along the tokens: O(T log T d) time; on a GPU from the band of products, O(T lags d).
+    NaN where no two steps are L apart.
     Source: the L-periodicity of queries and keys in Theorem 5.4.
     """
     unit = normalize(x, dim=-1)
-    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x)
-    return lag_sums(unit, unit, lags) / counts
+    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x.dtype)
+    counts = counts.to(x.device, non_blocking=True)
+    sums = kernels.autocorrelation_sums(unit, lags)
+    return (lag_sums(unit, unit, lags) if sums is None else sums) / counts
 
 
 def lag_sums(

@@ -69,7 +69,7 @@ class Points:
         cls, layer: Layer, rows: Int[Tensor, "heads rows"], keys: Int[Tensor, "heads rows keys"]
     ) -> "Points":
         """Take the vectors of these queries and keys out of a layer."""
-        head = torch.arange(len(rows), device=rows.device)
+        head = torch.arange(len(rows), device=layer.queries.device)
         kv = (head // (len(rows) // len(layer.keys)))[:, None, None]
         query = layer.queries[head[:, None], rows], layer.queries_before[head[:, None], rows]
         return cls(*query, layer.keys[kv, keys], layer.keys_before[kv, keys], layer.scale)
@@ -105,10 +105,10 @@ class BoundCheck:
     tightness: Int64[Tensor, "heads bins"]
 
     @classmethod
-    def none(cls, heads: int) -> "BoundCheck":
+    def none(cls, heads: int, device: torch.device | str = "cpu") -> "BoundCheck":
         """Nothing checked."""
-        counts = torch.zeros(heads, dtype=torch.int64)
-        return cls(counts, counts, torch.zeros(heads, BINS, dtype=torch.int64))
+        counts = torch.zeros(heads, 1 + BINS, dtype=torch.int64, device=device)
+        return cls(counts[:, 0], counts[:, 0], counts[:, 1:])
 
     @classmethod
     def of(
@@ -122,13 +122,13 @@ class BoundCheck:
         ratio = (upper / lower.clamp_min(1e-30)).clamp_min(1e-30).log2()
         bins = (ratio * BINS_PER_DOUBLING).long().clamp(0, BINS - 1)
         says = lower > slack
-        bins = bins + BINS * torch.arange(heads, device=bins.device)[:, None, None]
-        counts = torch.bincount(bins[says], minlength=heads * BINS)
+        counts = torch.zeros(heads, BINS, dtype=torch.int64, device=bins.device)
+        counts.scatter_add_(1, bins.flatten(1), says.flatten(1).long())
         violated = ~(lower <= upper + slack)
         return cls(
-            checked=torch.full((heads,), lower[0].numel()),
-            violations=violated.sum((1, 2)).cpu(),
-            tightness=counts.view(heads, BINS).cpu(),
+            checked=torch.full((heads,), lower[0].numel(), device=bins.device),
+            violations=violated.sum((1, 2)),
+            tightness=counts,
         )
 
 
@@ -204,9 +204,10 @@ def check_bounds(
     """Check every bound on `rows` queries of every head and `keys` keys of each.
 
     `season` is the lag L of Theorem 5.4 for each head (0: none fits the prompt), `channel` the
-    dominant channel of Theorem 5.3. Bounds that cannot be tried are left out.
+    dominant channel of Theorem 5.3. Bounds that cannot be tried are left out. With `season` on the
+    CPU, a GPU need not be waited for.
     """
-    steps = layer.queries.shape[1]
+    steps, device = layer.queries.shape[1], layer.queries.device
     one = torch.ones_like(season)
     shifts = {
         "vertical": (one, 0 * one),
@@ -219,7 +220,8 @@ def check_bounds(
         longest = int(torch.maximum(u, v).max())
         if steps <= longest or (name.startswith("seasonal") and int(season.min()) == 0):
             continue
-        at = spread_rows(steps - u, rows)
+        at = spread_rows(steps - u, rows).to(device, non_blocking=True)
+        u, v = (shift.to(device, non_blocking=True) for shift in (u, v))
         key_at = layer.sample_keys(at, keys, v)
         now = Points.of(layer, at, key_at)
         then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])

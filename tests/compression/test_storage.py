@@ -212,8 +212,8 @@ def test_keep_ranked_is_keep_of_the_lowest_ranks(
             rank[head, :length] = torch.randperm(length, generator=generator)
     twin = held.copy()
     held.set_figure("rank", 1, rank)
-    held.keep_ranked(1, limits)
     twin.keep(1, rank < torch.tensor(limits)[:, None])
+    held.keep_ranked(1, limits, twin.row_lengths(1))
     assert held.lengths == twin.lengths
     for mine, theirs in zip(held.padded(), twin.padded(), strict=True):
         present = twin.padded()[2] >= 0
@@ -223,8 +223,8 @@ def test_keep_ranked_is_keep_of_the_lowest_ranks(
 def test_ranks_are_good_for_a_second_cut() -> None:
     held = filled(1, 2, 5)
     held.set_figure("rank", 0, torch.tensor([[4, 0, 3, 1, 2], [0, 1, 2, 3, 4]]))
-    held.keep_ranked(0, [4, 3])
-    held.keep_ranked(0, [2, 3])
+    held.keep_ranked(0, [4, 3], [4, 3])
+    held.keep_ranked(0, [2, 3], [2, 3])
     assert held.padded(0)[2].tolist() == [[[1, 3, -1], [0, 1, 2]]]
 
 

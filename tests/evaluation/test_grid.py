@@ -18,7 +18,7 @@ import tappa
 from tappa.errors import CompressionError, EvaluationError
 from tappa.evaluation.evaluate import Evaluation, describe_outcome, evaluate
 from tappa.evaluation.fidelity import Reference, windows
-from tappa.evaluation.grid import _batches, run_grid
+from tappa.evaluation.grid import batches_of, run_grid
 from tappa.evaluation.harness import TappaLM, read
 from tappa.evaluation.samples import TextSample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
@@ -185,10 +185,10 @@ def test_samples_answered_together_get_the_answers_of_each_alone(
             assert (a["response"], a["scores"]) == (b["response"], b["scores"])
 
 
-def test_batches_are_of_one_task_each_in_order(lm: GridLM, tmp_path: Path) -> None:
+def testbatches_of_are_of_one_task_each_in_order(lm: GridLM, tmp_path: Path) -> None:
     samples = samples_of(["fidelity", "perplexity"], lm, Source(5, (300,)), tmp_path)
     samples.sort(key=lambda sample: sample.number)
-    found = [[(s.task, s.number) for s in batch] for batch in _batches(samples, 2)]
+    found = [[(s.task, s.number) for s in batch] for batch in batches_of(samples, 2)]
     assert found == [
         [(task, number) for number in numbers]
         for numbers in ((0, 1), (2, 3), (4,))

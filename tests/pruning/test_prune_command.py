@@ -116,7 +116,7 @@ def test_an_interrupt_says_so(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tappa.pruning.calibrate_on", interrupt)
+    monkeypatch.setattr("tappa.cluster.calibrate.calibrate_on", interrupt)
     code, out, errors = run("prune", *files, "--layers", 1, "--out", tmp_path / "out")
     assert (code, out, errors) == (130, "", "error: interrupted\n")
     assert not (tmp_path / "out").exists()

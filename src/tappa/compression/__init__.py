@@ -1,6 +1,7 @@
 """KV cache compression: scorer x budget x cache."""
 
 from tappa.compression.cache import CompressedCache
+from tappa.compression.decoding import generate
 from tappa.compression.generation import (
     CompressedContext,
     Recording,
@@ -31,6 +32,7 @@ __all__ = [
     "compress_context",
     "compressed",
     "describe_methods",
+    "generate",
     "parse_budget",
     "parse_method",
     "record",

@@ -6,7 +6,7 @@ the model, the tokens or their scores. `proportional` and `binary` turn preferen
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,13 @@ class Evidence:
     variance: Float[Tensor, " kv_heads"] | None = None  # over the window, summed over keys
     predictability: Float[Tensor, " kv_heads"] | None = None  # least of the query heads
 
+    def over(self, gather: Callable[[Tensor], Tensor]) -> "Evidence":
+        """Of all KV heads, where `gather` brings those of other ranks of a split model."""
+        names = ("similarity", "entropy", "variance", "predictability")
+        known: dict[str, Any] = {n: gather(x) for n in names if (x := getattr(self, n)) is not None}
+        blank = gather(torch.zeros(self.kv_heads))
+        return replace(self, kv_heads=len(blank), **known)
+
     def of(self, name: str) -> Float[Tensor, " kv_heads"]:
         """A figure that the rule has asked for."""
         figure = getattr(self, name)
@@ -57,10 +64,14 @@ class Rule:
     binary: bool = False
     calibrated: "Rule | None" = None
 
-    def prefer(self, evidence: Evidence) -> list[float]:
+    def weigh(self, evidence: Evidence) -> Float[Tensor, " kv_heads"]:
         """The preference of every KV head; NaN and infinity count as none."""
         value = self.preference(evidence).double().nan_to_num(0, 0, 0).clamp_min(0)
-        return (value if self.per_head else value.mean().expand_as(value)).tolist()
+        return value if self.per_head else value.mean().expand_as(value)
+
+    def prefer(self, evidence: Evidence) -> list[float]:
+        """`weigh` as numbers, for which the CPU waits where the evidence is on a GPU."""
+        return self.weigh(evidence).tolist()
 
 
 def uniform() -> Rule:

@@ -22,15 +22,18 @@ from transformers.cache_utils import (
 )
 
 from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.fetching import Fetched
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.errors import CompressionError
 from tappa.interface import AttentionSwitch, attention_of
+from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
+from tappa.tensor_parallel import HeadShards
 
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
@@ -68,6 +71,7 @@ class CompressedCache(DynamicCache):
         self.frozen = False  # nothing is dropped any more
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
+        self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
         kinds = {type(layer) for layer in self.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
         if kinds:
@@ -82,15 +86,18 @@ class CompressedCache(DynamicCache):
                 f"all layers of {type(model).__name__} use a sliding window: nothing to compress"
             )
         for index, layer in enumerate(full):
-            self.layers[layer] = CompressedLayer(index, method)
+            self.layers[layer] = CompressedLayer(index, method, self.shards)
         self._connect(AttentionSwitch(model, _late(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
-        self._switch, self._probe = switch, probe
+        self.switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
+        self._positions: Tensor = torch.empty(0)  # of the new tokens, for all layers
+        self._tables: dict[int, Table] = {}  # of these positions, by RoPE
+        self._unbalanced = False  # the layer read last is still whole
         self._injecting = False
         self._failed = self._running = False
         before, after = _late(self._before), _late(self._after)
@@ -170,7 +177,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
-        twin._connect(self._switch.renewed(_late(twin._attend)), self._probe)
+        twin._connect(self.switch.renewed(_late(twin._attend)), self._probe)
         return twin
 
     def __deepcopy__(self, memo: dict) -> "CompressedCache":
@@ -188,6 +195,7 @@ class CompressedCache(DynamicCache):
                 "this cache was made for another model (or for all of it, and got a part): "
                 "make one with tappa.compressed(model, ...)"
             )
+        self._settle()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _compressed(self, layer: int) -> CompressedLayer:
@@ -217,11 +225,12 @@ class CompressedCache(DynamicCache):
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
-        if self._evicting and seen and new < self._prompt_like:
-            self._make_room(new)
-        self._switch.on()
+        self._positions = arange[0]
+        if self.evicting and seen and new < self._prompt_like:
+            self.make_room(new)
+        self.switch.on()
         self._running = True
-        reading = self._evicting and (new >= self._prompt_like or not seen)
+        reading = self.evicting and (new >= self._prompt_like or not seen)
         if reading or self.recorder is not None:
             self._hooks = self._probe.hooks()
         return args, kwargs
@@ -230,12 +239,14 @@ class CompressedCache(DynamicCache):
         if not self._running:
             return
         self._running = False
-        self._switch.off()
+        self.switch.off()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._position_ids = [], torch.empty(0)
-        self._probe.forget()
         self._failed = output is None
+        self._settle()
+        self._hooks, self._position_ids, self._positions = [], torch.empty(0), torch.empty(0)
+        self._tables.clear()
+        self._probe.forget()
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         for layer in self.compressed_layers:
             layer.forget_ranks()
@@ -245,7 +256,7 @@ class CompressedCache(DynamicCache):
         new, seen = ids.shape[1], self.tokens_seen
         if self._failed:
             raise CompressionError("the last forward pass on this cache failed: call reset() first")
-        implementation = self._switch.config._attn_implementation
+        implementation = self.switch.config._attn_implementation
         if implementation not in KERNELS:
             raise CompressionError(
                 f"expected attention by {', '.join(KERNELS)}, the model uses {implementation!r}"
@@ -262,12 +273,13 @@ class CompressedCache(DynamicCache):
                 f"the cache has seen {seen} tokens and {new} came, with an attention mask of shape "
                 f"{shape}: call reset() before another prompt"
             )
-        self._valid = None if mask is None else mask[:, -new:].bool()
-        if self._valid is not None and not seen and not bool(self._valid.any(1).all()):
+        valid = None if mask is None else mask[:, -new:].bool()
+        if valid is not None and not seen and not bool(valid.any(1).all()):
             raise CompressionError("expected at least one token in every row, one is all padding")
+        self._valid = None if valid is None or bool(valid.all()) else valid
 
     @property
-    def _evicting(self) -> bool:
+    def evicting(self) -> bool:
         return self.method.rule is not None and not self.frozen
 
     @property
@@ -287,13 +299,13 @@ class CompressedCache(DynamicCache):
         """In place of the model's attention kernel: call it on the tokens held, then compress."""
         if self._probe.probing:
             return self._probe.answer(query, value)
-        kernel = self._switch.own_kernel(module)
+        kernel = self.switch.own_kernel(module)
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
             return kernel(module, query, key, value, attention_mask, **kwargs)
         if query.shape[2] == 1 and (own := layer.attend(query)) is not None:
             output: tuple[Tensor, Tensor | None] = (own, None)
-        elif layer.split or (self._switch.wrapped.startswith("flash") and not layer.complete):
+        elif layer.split or (self.switch.wrapped.startswith("flash") and not layer.complete):
             done = by_segment(kernel, layer.storage(), module, query, kwargs)
             output = (done, None)
         else:
@@ -301,12 +313,11 @@ class CompressedCache(DynamicCache):
             output = kernel(module, query, key, value, mask, **kwargs)
         layer.attention, layer.module = attention_of(module, query, kwargs), module
         if self.recorder is not None:
-            positions = torch.arange(layer.seen - query.shape[2], layer.seen, device=query.device)
-            self.recorder(query, self._channels(layer, 0, positions))
-        if self._evicting:
+            self.recorder(query, self._channels(layer, 0, slice(0, query.shape[2])))
+        if self.evicting:
             self.observe(layer, query)
         elif self._valid is not None:
-            layer.drop_padding(self._valid)
+            layer.drop_padding(self._valid.to(query.device))
         return output
 
     # ---- compression
@@ -324,7 +335,7 @@ class CompressedCache(DynamicCache):
             mine.held, mine.seen = theirs.storage().copy(), theirs.seen
             mine.attention, mine.module, mine.is_initialized = theirs.attention, theirs.module, True
             self._known_rotary = rotary
-            if self._evicting:
+            if self.evicting:
                 self.observe(mine, query, cascade=False)
         self._known_rotary = None
         self.peak_nbytes = full.nbytes
@@ -332,7 +343,7 @@ class CompressedCache(DynamicCache):
     def balance(self) -> None:
         """Cut all layers to the budget."""
         for row in range(len(self.compressed_layers[0].observations)):
-            self._balance(row, self._total(row))
+            self._balance(row, self.total(row))
 
     def observe(self, layer: CompressedLayer, query: Tensor, cascade: bool = True) -> None:
         """Remember what the method needs of the new queries; compress after a piece of prompt.
@@ -340,23 +351,27 @@ class CompressedCache(DynamicCache):
         Without `cascade` nothing is dropped yet.
         """
         new, valid = query.shape[2], self._valid
+        valid = None if valid is None else valid.to(query.device)
         start = layer.seen - new
         prompt = start == 0 or new >= self._prompt_like
         if prompt:
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
             layer.drop_padding(valid)
-        everywhere = torch.arange(start, start + new, device=query.device)
+        if len(self._positions) != new:  # outside of a forward pass
+            self._positions = torch.arange(start, start + new)
+        everywhere = self._positions = self._positions.to(query.device)
         for row, queries in enumerate(query):
-            positions = everywhere
+            positions, tokens = everywhere, slice(0, new)
             if valid is not None and not bool(valid[row].all()):
                 queries, positions = queries[:, valid[row]], everywhere[valid[row]]
+                there = valid[row].nonzero()[:, 0].tolist() or [0, -1]
+                tokens = slice(there[0], there[-1] + 1)
             if len(positions):
-                self._observe_row(layer, row, queries, positions, prompt)
+                self._observe_row(layer, row, queries, positions, tokens, prompt)
         if prompt:
             self._compress(layer)
-            if cascade:
-                self.balance()
+            self._unbalanced = cascade
 
     def _observe_row(
         self,
@@ -364,35 +379,45 @@ class CompressedCache(DynamicCache):
         row: int,
         queries: Float[Tensor, "heads new dim"],
         positions: Int[Tensor, " new"],
+        tokens: slice,
         prompt: bool,
     ) -> None:
+        """`tokens` are the new ones from the first that is no padding to the last."""
         method, rule, held = self.method, self.method.rule, layer.storage()
         assert rule is not None
         if len(layer.observations) <= row:
-            layer.observations.append(Observation.empty(queries, int(positions[0])))
+            first = layer.seen - len(self._positions) + tokens.start
+            layer.observations.append(Observation.empty(queries, first))
         seen = layer.observations[row]
         seen.see(queries, positions, method.window)
+        seen.end = layer.seen - len(self._positions) + tokens.stop
         if prompt:
+            table = None
             if "moments" in method.scorer.needs or "similarity" in rule.needs:
-                seen.rotary = self._channels(layer, row, positions)
-            seen.learn(queries, positions, method.scorer, rule)
+                seen.rotary = self._channels(layer, row, tokens)
+                table = self._table(seen.rotary, positions)
+            seen.learn(queries, positions, method.scorer, rule, table)
         if "received" in method.scorer.needs:
             if "received" not in held.figures:
                 held.figures["received"] = torch.zeros(len(held.keys), device=queries.device)
             more = received_by(layer.view(row), queries, positions)
             held.set_figure("received", row, held.figure("received", row) + more)
 
-    def _channels(
-        self, layer: CompressedLayer, row: int, positions: Int[Tensor, " new"]
-    ) -> RotaryChannels:
+    def _channels(self, layer: CompressedLayer, row: int, tokens: slice) -> RotaryChannels:
         """RoPE of a layer, from the tables of this forward pass."""
         if self._known_rotary is not None:
             return self._known_rotary
         assert layer.module is not None
-        at = positions - (layer.seen - self._position_ids.shape[1])
-        tokens = slice(int(at[0]), int(at[-1]) + 1)
         ids = self._position_ids[row if len(self._position_ids) > 1 else 0, tokens]
-        return self._probe.channels(layer.module, row, tokens, ids).to(positions.device)
+        return self._probe.channels(layer.module, row, tokens, ids)
+
+    def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
+        """Cosine and sine of these positions; those of all new tokens are made once for all."""
+        if positions is not self._positions:
+            return rotary.table(positions)
+        if id(rotary) not in self._tables:
+            self._tables[id(rotary)] = rotary.table(positions)
+        return self._tables[id(rotary)]
 
     def _compress(self, layer: CompressedLayer) -> None:
         """Rank the tokens of a layer and set its preference."""
@@ -400,35 +425,49 @@ class CompressedCache(DynamicCache):
         assert rule is not None
         held = layer.storage()
         blank = Evidence(layer.index, len(layers), held.kv_heads)
-        preferences = []
+        gather = self.shards.gather
+        preferences: list[Fetched | list[float]] = []
         for row, seen in enumerate(layer.observations):
             tokens = replace(layer.view(row), call=self._probe.latest)
             layer.rank(row, tokens)
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                preferences.append(rule.prefer(seen.evidence(blank, rule, tokens)))
+                evidence = seen.evidence(blank, rule, tokens).over(gather)
+                preferences.append(Fetched(rule.weigh(evidence)))
         layer.preferences = preferences
 
-    def _total(self, row: int) -> int:
+    @torch.compiler.disable
+    def _settle(self) -> None:
+        """Cut the layers to the budget, the one read last included.
+
+        As late as the next layer needs the room: by then the GPU has told its figures, and works on
+        what comes between two attentions while the CPU decides.
+        """
+        if self._unbalanced:
+            self._unbalanced = False
+            self.balance()
+
+    def total(self, row: int) -> int:
         """Tokens that all heads of all layers may hold together."""
         assert self.budget is not None
         first = self.compressed_layers[0]
-        heads = first.storage().kv_heads * len(self.compressed_layers)
+        heads = first.storage().kv_heads * self.shards.ranks * len(self.compressed_layers)
         if isinstance(self.budget, int):
             return self.budget * heads
         each = self.budget * first.observations[row].prompt_tokens
         return max(int(each * heads), self.method.least * heads)
 
-    def _make_room(self, new: int) -> None:
+    def make_room(self, new: int) -> None:
         """Before new tokens come, drop as many that the budget holds with them, in one go for
         `every` tokens.
         """
-        heads = sum(layer.storage().kv_heads for layer in self.compressed_layers)
-        for row in range(self.compressed_layers[0].storage().rows):
-            counts = [layer.storage().row_lengths(row) for layer in self.compressed_layers]
+        layers = self.compressed_layers
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        for row in range(layers[0].storage().rows):
+            counts = self._lengths(layers, row)
             held = sum(sum(count) for count in counts)
-            total = self._total(row)
+            total = self.total(row)
             if held + new * heads > total:
                 room = total - max(new, self.every) * heads
                 self._balance(row, max(room, self.method.least * heads))
@@ -437,28 +476,41 @@ class CompressedCache(DynamicCache):
 
     def _balance(self, row: int, total: int) -> None:
         """Divide a total among the layers seen so far, and cut those that hold more."""
-        rule, pooled = self.method.rule, self.method.sharing == "pooled"
-        assert rule is not None
         layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
-        held = [layer.storage().row_lengths(row) for layer in layers]
+        held = self._lengths(layers, row)
         if sum(sum(counts) for counts in held) <= total:
             return
-        kv_heads = len(held[0])
+        pooled = self.method.sharing == "pooled"
         if pooled:  # a layer is one account
-            capacity = [sum(counts) for counts in held]
-            preference = [sum(layer.preferences[row]) for layer in layers]
-        else:
-            capacity = [count for counts in held for count in counts]
-            preference = [p for layer in layers for p in layer.preferences[row]]
-        average = total / (kv_heads * len(self.compressed_layers))
-        least = max(self.method.least, int(self.method.layer_floor * average))
-        least *= kv_heads if pooled else 1
-        tokens = allocate(rule, preference, total, least, capacity).tolist()
-        size = 1 if pooled else kv_heads
-        for i, layer in enumerate(layers):
-            counts = tokens[i * size : (i + 1) * size]
-            if sum(counts) < sum(held[i]):
-                layer.cut(row, counts)
+            held = [[sum(counts)] for counts in held]
+        for layer, counts, limits in zip(layers, held, self.divide(row, held, total), strict=True):
+            if sum(limits) < sum(counts):
+                layer.cut(row, limits if pooled else self.shards.mine(limits))
+
+    def divide(self, row: int, held: list[list[int]], total: int) -> list[list[int]]:
+        """A total for the accounts of the layers seen so far: KV heads, or all of a layer as one.
+
+        `held` is what each account holds, by layer; so is the result what it may hold.
+        """
+        rule, layers = self.method.rule, self.compressed_layers
+        assert rule is not None
+        kv_heads, size = layers[0].storage().kv_heads * self.shards.ranks, len(held[0])
+        preferences = [layer.preference(row) for layer in layers if len(layer.preferences) > row]
+        if size == 1 < kv_heads:
+            preferences = [[sum(each)] for each in preferences]
+        average = total / (kv_heads * len(layers))
+        least = max(self.method.least, int(self.method.layer_floor * average)) * kv_heads // size
+        capacity = [count for counts in held for count in counts]
+        flat = [preference for each in preferences for preference in each]
+        tokens = allocate(rule, flat, total, least, capacity).tolist()
+        return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+    def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
+        """Tokens that each KV head of these layers holds, on other ranks of a split model too."""
+        mine = [layer.storage().row_lengths(row) for layer in layers]
+        if self.shards.ranks == 1 or not mine:
+            return mine
+        return self.shards.gather(torch.tensor(mine).mT).mT.tolist()
 
 
 def _remove(handles: tuple[RemovableHandle, ...]) -> None:

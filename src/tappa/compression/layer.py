@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from tappa.attention_profile import Attention
+from tappa.compression.fetching import Fetched
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import TokenView
-from tappa.compression.selection import head_ranks, pooled_ranks
+from tappa.compression.selection import HeadTokens, Ranks, Scores, head_ranks, pooled_ranks
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
 from tappa.interface import Attend
+from tappa.tensor_parallel import HeadShards
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -24,9 +26,9 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, index: int, method: Method) -> None:
+    def __init__(self, index: int, method: Method, shards: HeadShards) -> None:
         super().__init__()
-        self.index, self.method = index, method
+        self.index, self.method, self.shards = index, method, shards
         self.reset()
 
     def reset(self) -> None:
@@ -36,8 +38,9 @@ class CompressedLayer(CacheLayerMixin):
         self.dropped_at = 0  # tokens seen when some were last dropped
         self.complete = True  # nothing dropped so far
         self.observations: list[Observation] = []
-        self.ranked: set[int] = set()  # rows whose tokens have ranks
-        self.preferences: list[list[float]] = []  # of each row and KV head
+        # rows whose tokens have ranks; the heads of their tokens by rank, if heads share a budget
+        self.ranked: dict[int, Fetched | None] = {}
+        self.preferences: list[Fetched | list[float]] = []  # of each row and KV head
         self.attention: Attention | None = None
         self.module: nn.Module | None = None
         self.positions: Tensor = torch.empty(0)  # of the padded keys returned last
@@ -147,20 +150,48 @@ class CompressedLayer(CacheLayerMixin):
         late = tokens.positions >= seen.end - method.window
         protected = late | (tokens.positions < seen.first + method.sinks)
         scores = method.scorer.score(tokens)
+        self.ranked[row] = None
         if method.sharing == "pooled":
-            ranks = pooled_ranks(scores, protected, tokens.present, method.floor)
+            ranks = self._pooled_ranks(row, scores, protected, tokens.present)
         else:
             ranks = head_ranks(scores, protected, tokens.present)
         self.storage().set_figure("rank", row, ranks)
-        self.ranked.add(row)
 
-    def cut(self, row: int, counts: list[int]) -> None:
-        """Drop tokens of a row until each KV head (or all together) holds its count."""
+    def _pooled_ranks(
+        self, row: int, scores: Scores, protected: HeadTokens, present: HeadTokens
+    ) -> Ranks:
+        """Among the tokens of all KV heads, those on other ranks of a split model included."""
+        gather, floor = self.shards.gather_padded, self.method.floor
+        every = gather(scores, 0.0), gather(protected, False), gather(present, False)
+        ranks = pooled_ranks(*every, floor)
+        heads = torch.arange(len(ranks), dtype=torch.int16, device=ranks.device)
+        heads = heads[:, None].expand_as(ranks).flatten()
+        self.ranked[row] = Fetched(torch.empty_like(heads).scatter_(0, ranks.flatten(), heads))
+        return self.shards.mine(ranks)[:, : scores.shape[1]]
+
+    def cut(self, row: int, limits: list[int]) -> None:
+        """Drop tokens of a row until each KV head (or all together) is within its limit."""
         if row not in self.ranked:
             self.rank(row, self.view(row))
-        self.storage().keep_ranked(row, counts)
+        heads, held = self.ranked[row], self.storage()
+        lengths = held.row_lengths(row)
+        if heads is None:
+            counts = [min(limit, length) for limit, length in zip(limits, lengths, strict=True)]
+        else:
+            most = sum(lengths) if self.shards.ranks == 1 else limits[0]
+            first = heads.get()[: min(limits[0], most)]
+            counts = first.bincount(minlength=held.kv_heads * self.shards.ranks).tolist()
+            counts = self.shards.mine(counts)
+        held.keep_ranked(row, limits, counts)
         self.complete = False
         self.dropped_at = self.seen
+
+    def preference(self, row: int) -> list[float]:
+        """Of each KV head of a row."""
+        known = self.preferences[row]
+        if isinstance(known, Fetched):
+            known = self.preferences[row] = known.get().tolist()
+        return known
 
     def drop_padding(self, valid: Bool[Tensor, "rows new"]) -> None:
         """Drop the newest tokens where they are padding."""
@@ -188,7 +219,7 @@ class CompressedLayer(CacheLayerMixin):
             self.held.select_rows(index)
             self.observations = [_copy(self.observations[row]) for row in index]
             if self.preferences:
-                self.preferences = [list(self.preferences[row]) for row in index]
+                self.preferences = [self.preference(row) for row in index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -224,13 +255,18 @@ class CompressedLayer(CacheLayerMixin):
 
     def copy(self, keep_ranks: bool = False) -> "CompressedLayer":
         """An independent copy; without `keep_ranks` its tokens are to be ranked anew."""
-        twin = CompressedLayer(self.index, self.method)
+        twin = CompressedLayer(self.index, self.method, self.shards)
         twin.__dict__.update(self.__dict__)
         twin.held = self.held.copy() if self.held is not None else None
         twin.observations = [_copy(o) for o in self.observations]
-        twin.preferences = [list(p) for p in self.preferences]
-        twin.ranked = set(self.ranked) if keep_ranks else set()
+        twin.preferences = [self.preference(row) for row in range(len(self.preferences))]
+        twin.ranked = dict(self.ranked) if keep_ranks else {}
         return twin
+
+    def take(self, held: RaggedKV, seen: int) -> None:
+        """Go on with these tokens, of so many that were seen."""
+        self.complete = self.complete and min(held.lengths) == seen
+        self.held, self.seen = held, seen
 
     def storage(self) -> RaggedKV:
         """The tokens held."""

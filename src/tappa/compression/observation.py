@@ -13,11 +13,10 @@ from tappa.compression.scorers import (
     Moments,
     Scorer,
     TokenView,
-    entropy_over_tokens,
-    variance_over_window,
 )
+from tappa.kernels.unit_queries import Table, unit_query_sums
 from tappa.rope import RotaryChannels
-from tappa.similarity import UnitSums
+from tappa.similarity import DEFAULT, UnitSums
 
 
 @dataclass
@@ -50,8 +49,6 @@ class Observation:
             new = max(self.window.shape[1] + len(positions) - window, 0)  # leave the window
             self.window = torch.cat([self.window[:, new:], queries[:, -window:]], 1)
             self.window_positions = torch.cat([self.window_positions[new:], positions[-window:]])
-        if len(positions):
-            self.end = int(positions[-1]) + 1
 
     def learn(
         self,
@@ -59,15 +56,23 @@ class Observation:
         positions: Int[Tensor, " new"],
         scorer: Scorer,
         rule: Rule,
+        table: Table | None = None,
     ) -> None:
-        """Add queries of the prompt to the sums that scorer and rule take."""
+        """Add queries of the prompt to the sums that scorer and rule take.
+
+        `table` is that of the RoPE at these positions, if it is known.
+        """
         self.prompt_tokens += len(positions)
-        if not ("similarity" in rule.needs or "moments" in scorer.needs):
+        similarity = "similarity" in rule.needs
+        if similarity and rule.variant == DEFAULT and self.rotary is not None:
+            self._learn_units(queries, table or self.rotary.table(positions), self.rotary)
+            similarity = False
+        if not (similarity or "moments" in scorer.needs):
             return
         before = queries.float()  # where no RoPE is known, they come without it
         if self.rotary is not None:
-            before = self.rotary.unrotate(before, positions)
-        if "similarity" in rule.needs:
+            before = self.rotary.turn_back(before, *(table or self.rotary.table(positions)))
+        if similarity:
             space, pairs, extent = rule.variant
             unit = normalize(before if space == "pre" else queries.float(), dim=-1)
             window = max(len(self.window_positions), 2) if extent == "window" else 1
@@ -75,36 +80,51 @@ class Observation:
         if "moments" in scorer.needs:
             skipped = int((positions < self.first + SKIPPED).sum())  # positions ascend
             x = before[:, skipped:]
-            sums = x.shape[1], x.sum(1), x.mT @ x
+            new = x.shape[1], x.sum(1), x.mT @ x
             known = self.moments
             if known is not None:
-                old = known.count, known.total, known.outer
-                sums = old[0] + sums[0], old[1] + sums[1], old[2] + sums[2]
-            self.moments = Moments(*sums)
+                new = known.count + new[0], known.total + new[1], known.outer + new[2]
+            self.moments = Moments(*new)
+
+    def _learn_units(
+        self, queries: Float[Tensor, "heads new dim"], table: Table, rotary: RotaryChannels
+    ) -> None:
+        """What q-similarity before RoPE, of all pairs of the prompt, needs."""
+        total, squares = unit_query_sums(queries, table, rotary)
+        units = self.units
+        if units.total is None or units.squares is None:
+            units.total, units.squares, units.tail = total, squares, queries[:, :0].float()
+        else:
+            units.total, units.squares = units.total + total, units.squares + squares
+        units.steps += queries.shape[1]
 
     def evidence(self, blank: Evidence, rule: Rule, tokens: TokenView) -> Evidence:
         """What the rule wants to know of this layer."""
         kv_heads = len(tokens.keys)
         if "similarity" in rule.needs:
-            sums = self.units.sums(max(tokens.window.shape[1], 2))
+            found = self.units.sums(max(tokens.window.shape[1], 2))
             cosines, pairs = next(
                 (total, count)
-                for kind, extent, total, count in sums
+                for kind, extent, total, count in found
                 if (kind, extent) == (rule.variant.pairs, rule.variant.extent)
             )
             mean = (cosines / max(pairs, 1)).view(kv_heads, -1).mean(1)
             blank = replace(blank, similarity=mean.float())
         if "window" in rule.needs:
-            earlier = tokens.earlier.repeat_interleave(len(tokens.window) // kv_heads, 0)
-            weights = tokens.weights * earlier[:, None]
-            entropy = entropy_over_tokens(weights).sum(1).view(kv_heads, -1)
-            spread = variance_over_window(weights).sum(1).view(kv_heads, -1)
-            blank = replace(blank, entropy=entropy.sum(1), variance=spread.sum(1))
+            sums, group = tokens.window_sums, len(tokens.window) // kv_heads
+            spread = group * (sums.variance * tokens.earlier).sum(1)
+            blank = replace(blank, entropy=sums.entropy, variance=spread)
         if "predictability" in rule.needs:
             lasting = torch.minimum(tokens.weights[:, 1:], tokens.weights[:, :-1]).sum(2)
             least = lasting.mean(1).view(kv_heads, -1).amin(1)
             blank = replace(blank, predictability=least)
         return blank
+
+    def restart(self, window: Float[Tensor, "heads window dim"], end: int) -> None:
+        """The last queries are these, before position `end`."""
+        count = window.shape[1]
+        self.window, self.end = window, end
+        self.window_positions = torch.arange(end - count, end, device=window.device)
 
     def tensors(self) -> list[Tensor]:
         """All that takes memory."""

@@ -14,6 +14,8 @@ from torch.nn.functional import avg_pool1d
 from tappa.attention_profile import Attention
 from tappa.compression.options import check_range
 from tappa.errors import CompressionError
+from tappa.kernels.launching import choose
+from tappa.kernels.window_attention import Segments, WindowSums, window_sums_triton
 from tappa.rope import RotaryChannels
 
 Need = Literal["window", "received", "moments", "call"]
@@ -65,9 +67,51 @@ class TokenView:
         """Attention of the window's queries on the tokens held."""
         return attention_on(self, self.window, self.window_positions)
 
+    @cached_property
+    def window_sums(self) -> "WindowSums | FromWeights":
+        """Mean and variance of that attention for every token, and its entropy."""
+        return choose("window_sums", self.keys, self._sums_by_kernel, lambda: FromWeights(self))
+
+    def _sums_by_kernel(self) -> WindowSums:
+        kv_heads, held, dim = self.keys.shape
+        starts = torch.arange(0, kv_heads * held, held, device=self.keys.device)
+        lengths = torch.full_like(starts, held)  # padding has no position
+        keys, positions = self.keys.reshape(-1, dim), self.positions.reshape(-1)
+        where = Segments(keys, positions, starts, lengths, held)
+        queries = self.window.view(kv_heads, -1, *self.window.shape[1:])
+        attention = self.attention
+        return window_sums_triton(
+            where, queries, self.window_positions, attention.scale, attention.softcap
+        )
+
     def mean_over_group(self, x: Float[Tensor, "heads tokens"]) -> Scores:
         """Mean over the query heads of each KV head."""
         return x.view(len(self.keys), -1, x.shape[-1]).mean(1)
+
+
+class FromWeights:
+    """`WindowSums` from the weights themselves, each when it is asked for."""
+
+    def __init__(self, tokens: TokenView) -> None:
+        self.tokens = tokens
+
+    @cached_property
+    def mean(self) -> Scores:
+        """Over the window's queries and the group."""
+        return self.tokens.mean_over_group(self.tokens.weights.mean(1))
+
+    @cached_property
+    def variance(self) -> Scores:
+        """Over the window's queries, mean over the group."""
+        return self.tokens.mean_over_group(variance_over_window(self.tokens.weights))
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, " kv_heads"]:
+        """Over the tokens before the window, summed over queries and group."""
+        weights = self.tokens.weights
+        kv_heads = len(self.tokens.keys)
+        earlier = self.tokens.earlier.repeat_interleave(len(weights) // kv_heads, 0)
+        return entropy_over_tokens(weights * earlier[:, None]).view(kv_heads, -1).sum(1)
 
 
 Score = Callable[[TokenView], Scores]
@@ -162,10 +206,9 @@ def window_mean_var(gamma: float = 200.0, kernel: int = 5) -> Scorer:
         raise CompressionError(f"expected an odd kernel of at least 1, got {kernel!r}")
 
     def score(tokens: TokenView) -> Scores:
-        figure = tokens.weights.mean(1)
-        if gamma and tokens.weights.shape[1] > 1:
-            figure = figure + gamma * variance_over_window(tokens.weights)
-        scores = (tokens.mean_over_group(figure) * tokens.earlier)[:, None]
+        sums = tokens.window_sums
+        figure = sums.mean + gamma * sums.variance if gamma else sums.mean
+        scores = (figure * tokens.earlier)[:, None]
         return avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)[:, 0]
 
     return Scorer(score, _WINDOW)

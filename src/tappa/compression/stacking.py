@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.layer import CompressedLayer
-from tappa.compression.ragged_attention import can_attend, ragged_attention
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
+from tappa.kernels.launching import runs_on
+from tappa.kernels.ragged_decode import ragged_decode
 
 
 def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
@@ -47,11 +48,8 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
 
 
 def _stacked(parts: Sequence[CompressedLayer]) -> CompressedLayer:
-    first = parts[0]
-    plain = first.attention is not None and first.attention.softcap is None
-    if plain and can_attend(first.storage().keys):
-        return PackedLayer(parts)
-    return StackedLayer(parts)
+    packed = runs_on(parts[0].storage().keys)
+    return PackedLayer(parts) if packed else StackedLayer(parts)
 
 
 class StackedLayer(CompressedLayer):
@@ -61,15 +59,19 @@ class StackedLayer(CompressedLayer):
     """
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         held = RaggedKV.stack([part.storage() for part in parts])
+        self.complete = all(part.complete for part in parts) and held.uniform
+        self.take(held, max(part.seen for part in parts))
+        self.module, self.attention = parts[0].module, parts[0].attention
+        self.is_initialized = True
+
+    def take(self, held: RaggedKV, seen: int) -> None:
+        """Go on with these tokens, of so many that were seen."""
         self.padded_keys, self.padded_values, self.positions = held.padded()
         self.tokens = sum(held.lengths)
         self.alone = held.uniform  # no padding between the tokens
-        self.complete = all(part.complete for part in parts) and self.alone
-        self.seen = max(part.seen for part in parts)
-        self.module, self.attention = parts[0].module, parts[0].attention
-        self.is_initialized = True
+        self.seen = seen
 
     @property
     def held(self) -> RaggedKV | None:
@@ -156,7 +158,7 @@ class PackedLayer(CompressedLayer):
     ROOM = 64  # tokens that may come before segments are moved
 
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
-        super().__init__(parts[0].index, parts[0].method)
+        super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         self.module, self.attention = parts[0].module, parts[0].attention
         self.seen = max(part.seen for part in parts)
         self.complete, self.is_initialized = False, True
@@ -167,6 +169,7 @@ class PackedLayer(CompressedLayer):
         device = held.keys.device
         self.kv_heads, self.room, self.tokens = held.kv_heads, room, len(held.keys)
         self.lengths = torch.tensor(held.lengths, device=device)
+        self.longest = max(held.lengths)
         self.starts = (self.lengths + room).cumsum(0) - self.lengths - room
         at, size = self._places(), self.tokens + room * len(held.lengths)
 
@@ -213,35 +216,44 @@ class PackedLayer(CompressedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new tokens behind those held; returns all, padded, if there are several new ones.
+        """Append new tokens; returns all that are held, padded, if there are several new ones.
 
-        What is returned for a single one is not what is held: `attend` reads that.
+        A single one comes back as it is: `attend` writes it, and reads the others.
         """
-        new = key_states.shape[2]
+        new, segments = key_states.shape[2], len(self.starts)
         if new > self.room:
             self._pack(self.storage(), max(2 * new, self.ROOM))
         fresh = torch.arange(new, device=key_states.device)
         at = (self.starts[:, None] + self.lengths[:, None] + fresh).flatten()
-        self.packed_keys.index_copy_(0, at, key_states.reshape(-1, key_states.shape[-1]))
-        self.packed_values.index_copy_(0, at, value_states.reshape(-1, value_states.shape[-1]))
-        position = (fresh + self.seen).to(self.position).repeat(len(self.starts))
+        position = (fresh + self.seen).to(self.position).repeat(segments)
         self.position.index_copy_(0, at, position)
-        self.lengths = self.lengths + new
         self.room -= new
-        self.tokens += new * len(self.starts)
+        self.tokens += new * segments
         self.seen += new
         if new == 1:
+            self.newest = key_states.flatten(0, 2), value_states.flatten(0, 2)
             return key_states, value_states
+        self.packed_keys.index_copy_(0, at, key_states.flatten(0, 2))
+        self.packed_values.index_copy_(0, at, value_states.flatten(0, 2))
+        self.lengths = self.lengths + new
         keys, values, self.positions = self.storage().padded()
         return keys, values
 
     def attend(self, query: Tensor) -> Float[Tensor, "rows 1 heads value_dim"]:
-        """Attention of one new token on all that is held."""
+        """Attention of one new token on all that is held, with its own key."""
         assert self.attention is not None
-        where = (self.starts, self.lengths, self.attention.scale)
-        return ragged_attention(query[:, :, 0], self.packed_keys, self.packed_values, *where)[
-            :, None
-        ]
+        rows, heads, _, dim = query.shape
+        out = ragged_decode(
+            query.reshape(len(self.starts), -1, dim),
+            *self.newest,
+            *(self.packed_keys, self.packed_values, self.starts, self.lengths),
+            longest=self.longest,
+            scale=self.attention.scale,
+            softcap=self.attention.softcap,
+        )
+        self.lengths = self.lengths + 1
+        self.longest += 1
+        return out.view(rows, 1, heads, -1)
 
     def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """What is held, and of the new tokens those before; True or 0 is visible."""

@@ -121,45 +121,40 @@ class RaggedKV:
         if name not in self.figures:
             self.figures[name] = padded.new_zeros(len(self.keys))
         first, last, lengths = self._row(row)
-        held = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        self.figures[name][first:last] = padded[held]
+        if min(lengths) == max(lengths):
+            self.figures[name][first:last] = padded.reshape(-1)
+        else:
+            self.figures[name][first:last] = padded[self._there(lengths, padded.shape[1])]
 
     def keep(self, row: int, mask: Bool[Tensor, "kv_heads longest"]) -> None:
         """Drop all tokens of a row but these."""
         first, last, lengths = self._row(row)
-        held = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        held = self._there(lengths, mask.shape[1])
         flat = torch.ones(len(self.keys), dtype=torch.bool, device=mask.device)
         flat[first:last] = mask[held]
         counts = (mask & held).sum(1).tolist()
         self._filter(flat)
         self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
 
-    def keep_ranked(self, row: int, limits: list[int]) -> None:
+    def keep_ranked(self, row: int, limits: list[int], counts: list[int]) -> None:
         """Of a row, keep the tokens whose figure "rank" is below the limit of their KV head.
 
-        A single limit is one for all heads together, whose ranks are then in one order.
+        A single limit is one for all heads together, whose ranks are then in one order. `counts`
+        says how many tokens of each head that leaves, so that the CPU need not wait to know.
         """
-        first, last, _ = self._row(row)
-        rank, lengths = self.figures["rank"][first:last], self.row_lengths(row)
+        first, last, lengths = self._row(row)
+        rank = self.figures["rank"][first:last]
         if len(set(limits)) == 1:
             kept = rank < limits[0]
         else:
-            limit = torch.tensor(limits, device=rank.device)
-            size = torch.tensor(lengths, device=rank.device)
-            kept = rank < limit.repeat_interleave(size, output_size=len(rank))
-        if len(limits) == self.kv_heads > 1:
-            counts = [min(limit, length) for limit, length in zip(limits, lengths, strict=True)]
-        else:
-            if min(lengths) == max(lengths):
-                sums = kept.view(self.kv_heads, -1).sum(1)
-            else:
-                sums = torch.stack([part.sum() for part in kept.split(lengths)])
-            counts = sums.tolist()
+            each = zip(rank.split(lengths), limits, strict=True)
+            kept = torch.cat([part < limit for part, limit in each])
+        total = sum(counts)
         if self.rows > 1:
             whole = torch.ones(len(self.keys), dtype=torch.bool, device=kept.device)
             whole[first:last] = kept
-            kept = whole
-        self._filter(kept)
+            kept, total = whole, len(self.keys) - sum(lengths) + total
+        self._take(where_true(kept, total))
         self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
 
     def drop_from(self, position: int) -> None:
@@ -190,15 +185,23 @@ class RaggedKV:
         return RaggedKV(self.keys, self.values, list(self.lengths), self.kv_heads, figures)
 
     def _filter(self, kept: Tensor) -> None:
-        at = kept.nonzero()[:, 0]  # index_select is several times faster than x[at] on CPU
+        self._take(kept.nonzero()[:, 0])
+
+    def _take(self, at: Tensor) -> None:
+        # index_select is several times faster than x[at] on CPU
         self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
         self.figures = {name: x.index_select(0, at) for name, x in self.figures.items()}
 
-    def _row(self, row: int) -> tuple[int, int, Tensor]:
+    def _row(self, row: int) -> tuple[int, int, list[int]]:
         """First and last + 1 token of a row, and the lengths of its segments."""
         first = sum(self.lengths[: row * self.kv_heads])
         lengths = self.row_lengths(row)
-        return first, first + sum(lengths), torch.tensor(lengths, device=self.keys.device)
+        return first, first + sum(lengths), lengths
+
+    def _there(self, lengths: list[int], longest: int) -> Bool[Tensor, "segments longest"]:
+        """Where there is a token and no padding."""
+        device = self.keys.device
+        return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
     def _padding(self, row: int | None) -> Callable[..., Tensor]:
         """A function that brings figures of tokens into the shape (rows, kv_heads, longest)."""
@@ -221,3 +224,10 @@ class RaggedKV:
             return out if out.dim() == 4 else torch.where(there, out, fill)
 
         return take
+
+
+def where_true(kept: Bool[Tensor, " tokens"], count: int) -> Int[Tensor, " kept"]:
+    """Where a mask is true, as often as is known: on a GPU without waiting for it."""
+    if not kept.is_cuda:
+        return kept.nonzero()[:, 0]
+    return kept.nonzero_static(size=count)[:, 0]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -111,8 +111,23 @@ def evaluate(
     """
     cells = evaluation.cells()
     lm = GridLM(model, tokenizer)
-    source = evaluation.source
-    identity = {
+    batch = batch or default_batch(lm)
+    start_run(folder, identity_of(lm, evaluation, name), describe_run(lm) | {"batch": batch})
+    say("preparing tasks")
+    samples = prepare(lm, evaluation, folder / "tasks")
+    outcome = run_grid(lm, samples, cells, folder, shard=shard, batch=batch, progress=progress)
+    return finish(folder, evaluation, outcome)
+
+
+def default_batch(lm: GridLM) -> int:
+    """Samples that are answered together."""
+    return 4 if lm.device.type == "cuda" else 1
+
+
+def identity_of(lm: GridLM, evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """What decides the answers."""
+    model, source = cast(PreTrainedModel, lm.model), evaluation.source
+    return {
         "model": name or type(model).__name__,
         "weights": fingerprint(model),
         "methods": list(evaluation.methods),
@@ -122,14 +137,19 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "source": asdict(source) | {"data": None if source.data is None else str(source.data)},
     }
-    batch = batch or (4 if lm.device.type == "cuda" else 1)
-    start_run(folder, identity, describe_run(lm) | {"batch": batch})
-    say("preparing tasks")
-    samples = _half(samples_of(evaluation.tasks, lm, source, folder / "tasks"), evaluation.half)
+
+
+def prepare(lm: GridLM, evaluation: Evaluation, folder: Path) -> list[Sample]:
+    """The samples in the order in which they are answered; task files go to the folder."""
+    samples = _half(samples_of(evaluation.tasks, lm, evaluation.source, folder), evaluation.half)
     samples.sort(key=lambda sample: sample.number)  # an early end finds all tasks equally far
     if not samples:
         raise EvaluationError("expected at least one sample, the tasks have none")
-    outcome = run_grid(lm, samples, cells, folder, shard=shard, batch=batch, progress=progress)
+    return samples
+
+
+def finish(folder: Path, evaluation: Evaluation, outcome: Outcome) -> Results:
+    """Tables of all answers in the folder."""
     return Results(*_write_tables(folder, evaluation, outcome), markdown=_read(folder))
 
 

@@ -4,16 +4,14 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -21,10 +19,23 @@ import tappa
 from tappa.errors import EvaluationError
 from tappa.evaluation.samples import Sample, answer
 from tappa.evaluation.shared_prefill import Cell, GridLM, Held
-from tappa.files import digest_of, ensure_folder, write_atomic
+from tappa.files import difference, digest_of, ensure_folder, write_atomic
+from tappa.interrupts import finish_first
 
 SCHEMA = 1
 Progress = Callable[[int, int], None]
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What names a sample: a Sample, or its name alone where the sample is elsewhere."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass
@@ -63,11 +74,11 @@ def run_grid(
 
     Raises EvaluationError for a file of another grid, OutputError where none can be written.
     """
-    batches = _batches(samples, batch)[shard[0] :: shard[1]]
+    batches = batches_of(samples, batch)[shard[0] :: shard[1]]
     total, done = sum(map(len, batches)), 0
     outcome = Outcome(cells=len(cells))
     lm.cells = list(cells)
-    with _finish_first() as interrupted:
+    with finish_first() as interrupted:
         for samples_at_hand in batches:
             if progress is not None:
                 progress(done, total)
@@ -83,10 +94,8 @@ def run_grid(
                 outcome.left += len(missing)
                 continue
             if missing:
-                for sample, record in zip(missing, _answer(lm, missing, cells), strict=True):
-                    path = sample_file(folder, sample)
-                    ensure_folder(path.parent)
-                    write_atomic(path, json.dumps(record))
+                for sample, record in zip(missing, answer_batch(lm, missing, cells), strict=True):
+                    write_sample(folder, sample, record)
                 outcome.answered += len(missing)
             done += len(samples_at_hand)
     if progress is not None:
@@ -95,12 +104,19 @@ def run_grid(
     return outcome
 
 
-def sample_file(folder: Path, sample: Sample) -> Path:
+def sample_file(folder: Path, sample: Asked) -> Path:
     """Where the answers to a sample are."""
     return folder / "samples" / sample.task / f"{sample.number:05}.json"
 
 
-def check_sample(path: Path, sample: Sample, cells: Sequence[Cell]) -> None:
+def write_sample(folder: Path, sample: Asked, record: dict[str, Any]) -> None:
+    """Write the answers to a sample, atomically. Raises OutputError."""
+    path = sample_file(folder, sample)
+    ensure_folder(path.parent)
+    write_atomic(path, json.dumps(record))
+
+
+def check_sample(path: Path, sample: Asked, cells: Sequence[Cell]) -> None:
     """Whether a file holds the answers to this sample in these cells. Raises EvaluationError."""
     record = read_json(path)
     if record.get("digest") != sample.digest:
@@ -110,7 +126,7 @@ def check_sample(path: Path, sample: Sample, cells: Sequence[Cell]) -> None:
         raise EvaluationError(f"{path} has other methods or budgets: choose another output folder")
 
 
-def _batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+def batches_of(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     """Samples of one task together, in the order in which their first ones come."""
     open_ones: dict[str, list[Sample]] = {}
     batches: list[list[Sample]] = []
@@ -122,7 +138,9 @@ def _batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return batches
 
 
-def _answer(lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def answer_batch(
+    lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]
+) -> list[dict[str, Any]]:
     """What is written of samples that are answered together; times are those of one of them."""
     lm.forget()
     start, before = time.perf_counter(), lm.prefill_seconds
@@ -176,13 +194,10 @@ def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> No
     path = folder / "grid.json"
     if path.exists() and any((folder / "samples").glob("*/*.json")):
         known = read_json(path).get("identity", {})
-        wanted = json.loads(json.dumps(identity))
-        for key in wanted.keys() | known.keys():
-            if known.get(key) != wanted.get(key):
-                raise EvaluationError(
-                    f"{folder} holds results of another grid: {key} is {known.get(key)!r} there "
-                    f"and {wanted.get(key)!r} now; choose another output folder"
-                )
+        if found := difference(known, identity):
+            raise EvaluationError(
+                f"{folder} holds results of another grid: {found}; choose another output folder"
+            )
         return
     write_atomic(path, json.dumps({"schema": SCHEMA, "identity": identity, "run": run}, indent=1))
 
@@ -214,28 +229,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise EvaluationError(f"expected results of this version of tappa in {path}")
     return found
-
-
-@contextmanager
-def _finish_first() -> Iterator[Callable[[], bool]]:
-    """The first interrupt only sets a flag; the second is a KeyboardInterrupt."""
-    seen = 0
-
-    def note(*args: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
-            raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _commit() -> str | None:

@@ -12,11 +12,14 @@ from typing import Any
 from lm_eval.api.task import Task
 
 from tappa.errors import EvaluationError
+from tappa.evaluation.choice_suite import TASKS as CHOICE
 from tappa.evaluation.choice_suite import write_choice_suite
 from tappa.evaluation.fidelity import NEXT, windows
+from tappa.evaluation.local_suite import TASKS as LOCAL
 from tappa.evaluation.local_suite import write_local_suite
 from tappa.evaluation.longbench import TASKS as LONGBENCH
 from tappa.evaluation.longbench import write_longbench
+from tappa.evaluation.ruler import TASKS as RULER
 from tappa.evaluation.ruler import write_ruler
 from tappa.evaluation.samples import Sample, TextSample, samples_of_task
 from tappa.evaluation.shared_prefill import GridLM
@@ -61,6 +64,18 @@ def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -
         else:
             found += _samples("lm-eval", _tasks_of_lm_eval(name), lm, source)
     return found
+
+
+def count_samples(name: str, source: Source) -> int:
+    """How many samples a suite or task has, at most: no task is made for it."""
+    tasks = 1
+    if name in ("longbench", "local", "choice"):
+        tasks = {"longbench": len(LONGBENCH), "local": len(LOCAL), "choice": len(CHOICE)}[name]
+    elif name in TEXT_TASKS:
+        tasks = len(source.lengths)
+    elif name.split("_")[0] == "ruler" and not name.split("_")[-1].isdigit():
+        tasks = len(source.lengths) * (len(RULER) if name == "ruler" else 1)
+    return tasks * source.limit
 
 
 def check_names(names: Sequence[str], data: Path | None) -> None:

@@ -23,9 +23,10 @@ from tappa.files import digest_of, write_atomic
 from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
+from tappa.tensor_parallel import HeadShards, local
 
 SCHEMA = "tappa.calibration/1"
-EVERY = 8  # windows after which a resumable calibration is written
+EVERY = 4  # windows whose sums are added up first, then merged and written
 _ARRAYS = ("cosines", "similarity", "output")
 Progress = Callable[[int, int], None]
 
@@ -145,37 +146,60 @@ def calibrate_on(
     progress: Progress | None = None,
 ) -> Calibration:
     """`calibrate` on windows of token ids."""
-    known, first = None, 0
-    identity = digest_of(windows.digest, fingerprint(model)) if state is not None else ""
+    known: Calibration | None = None
+    identity = identity_of(model, windows) if state is not None else ""
     if state is not None and Path(state).is_file():
-        known, first = _resume(Path(state), identity, model, windows)
-    sums = _Sums(model)
-    for number in range(first, len(windows.ids)):
-        if progress is not None:
-            progress(number, len(windows.ids))
-        sums.see(windows.ids[number])
-        last = number == len(windows.ids) - 1
-        if last or (state is not None and sums.windows % EVERY == 0):
-            found = sums.calibration(windows.settings)
-            known = found if known is None else known.merge(found)
-            sums = _Sums(model)
-            if state is not None:
-                content = {"windows": identity, "done": number + 1}
-                known.save(state)
-                write_atomic(_notes(Path(state)), json.dumps(content))
+        known = resume(Path(state), identity, model, windows)
+    total = len(windows.ids)
+    for start in range(known.windows if known is not None else 0, total, EVERY):
+        ids = windows.ids[start : start + EVERY]
+        found = calibrate_piece(model, ids, windows.settings, start, total, progress)
+        known = found if known is None else known.merge(found)
+        if state is not None:
+            keep(known, Path(state), identity)
     if progress is not None:
-        progress(len(windows.ids), len(windows.ids))
+        progress(total, total)
     assert known is not None  # Windows.of refuses to return none
     return known
+
+
+def calibrate_piece(
+    model: PreTrainedModel,
+    ids: Sequence[list[int]],
+    settings: dict[str, int],
+    start: int = 0,
+    total: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """The calibration on at most EVERY windows, the unit in which sums are merged.
+
+    They are the `start`-th and following ones of `total`.
+    """
+    sums = _Sums(model)
+    for number, window in enumerate(ids, start):
+        if progress is not None:
+            progress(number, total)
+        sums.see(window)
+    return sums.calibration(settings)
+
+
+def identity_of(model: PreTrainedModel, windows: Windows) -> str:
+    """What decides a calibration."""
+    return digest_of(windows.digest, fingerprint(model))
+
+
+def keep(known: Calibration, state: Path, identity: str) -> None:
+    """Write what is known so far, to be taken up by `resume`. Raises OutputError."""
+    known.save(state)
+    write_atomic(_notes(state), json.dumps({"windows": identity, "done": known.windows}))
 
 
 def _notes(state: Path) -> Path:
     return state.with_name(state.name + ".progress")
 
 
-def _resume(
-    state: Path, identity: str, model: PreTrainedModel, windows: Windows
-) -> tuple[Calibration, int]:
+def resume(state: Path, identity: str, model: PreTrainedModel, windows: Windows) -> Calibration:
+    """What a run with this state knew. Raises PruningError where it is of other work."""
     found = Calibration.load(state)
     notes = _notes(state)
     try:
@@ -190,7 +214,7 @@ def _resume(
             f"{state} is of another model, other texts or other windows: choose another file, "
             "or delete it"
         )
-    return replace(found, model=here), found.windows
+    return replace(found, model=here)
 
 
 @dataclass
@@ -206,6 +230,7 @@ class _Sums:
 
     def __post_init__(self) -> None:
         layers, (heads, _) = decoder_layers(self.model), heads_of(self.model)
+        heads //= HeadShards.of(self.model).ranks
         self.cosines = torch.zeros(len(layers), dtype=torch.float64)
         self.similarity = torch.zeros(len(layers), heads, dtype=torch.float64)
         self.output = torch.zeros(len(layers), heads, dtype=torch.float64)
@@ -227,7 +252,9 @@ class _Sums:
 
     def calibration(self, settings: dict[str, int]) -> Calibration:
         """What was seen."""
-        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS}
+        gather = HeadShards.of(self.model).gather
+        arrays = {name: gather(getattr(self, name).mT).mT.numpy() for name in _ARRAYS[1:]}
+        arrays["cosines"] = self.cosines.numpy()
         return Calibration(describe(self.model), settings, self.windows, self.tokens, **arrays)
 
 
@@ -267,14 +294,16 @@ class _SeenLayer:
         if args[0].shape[:-1] != self.x.shape[:-1]:
             return  # the capture tries the module alone, on zeros
         parts = args[0].float().flatten(0, -2).unflatten(-1, (self.output.shape[1], -1))
-        weight = module.weight.float().unflatten(1, (self.output.shape[1], -1))
+        weight = local(module.weight).float().unflatten(1, (self.output.shape[1], -1))
         gram = torch.einsum("ohd,ohe->hde", weight, weight)
         squares = torch.einsum("thd,hde,the->th", parts, gram, parts).clamp_min(0)
-        size = self.x.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        x = self.x.to(parts.device)  # where layers lie on several devices, it comes from the last
+        size = x.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-30)
         self.output[self.number] += (squares.sqrt() / size).double().sum(0).cpu()
 
     def after(self, module: nn.Module, args: tuple, out: Any) -> None:
         """The hidden states that go out."""
         y = (out[0] if isinstance(out, tuple) else out).float()
-        self.cosines[self.number] += cosine_similarity(self.x, y, dim=-1).double().sum().cpu()
+        x = self.x.to(y.device)
+        self.cosines[self.number] += cosine_similarity(x, y, dim=-1).double().sum().cpu()
         self.x = torch.empty(0)

@@ -14,6 +14,7 @@ from tappa.compression import record
 from tappa.errors import CompressionError
 from tappa.query_model import expected_rows
 from tappa.report.views import LEVELS, STRETCH, Views
+from tappa.tensor_parallel import HeadShards
 from tappa.texts import MIN_TOKENS, encode_texts
 from tappa.theory import spread_rows
 
@@ -56,7 +57,9 @@ def look(
         parts.append((*drawn, persistence_curves(view, shifts).transpose(0, 1)))
 
     prefill(model, torch.tensor([ids]), consume, logits_to_keep=1)
-    maps, keys, weights, curves = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
+    gather = HeadShards.of(model).gather
+    every = [tuple(map(gather, part)) for part in parts]
+    maps, keys, weights, curves = (torch.cat(x).numpy() for x in zip(*every, strict=True))
     shares = dict.fromkeys(max(int(len(ids) * share), LEAST) for share in BUDGETS)
     budgets = [budget for budget in shares if budget < len(ids)]
     kept = kept_tokens(model, ids, methods, budgets)
@@ -157,15 +160,16 @@ def kept_tokens(
         recording = record(model, torch.tensor([list(ids)]))
     except CompressionError:  # a model that can be analysed, but whose cache is of another kind
         return nothing
-    found = []
+    found, gather = [], HeadShards.of(model).gather
     for method in methods:
         for cache in recording.compress(method, list(budgets)):
-            rows = []
+            rows: list[Tensor] = []
             for layer in cache.compressed_layers:
                 held = layer.storage()
-                for positions in held.figures["position"].split(held.lengths):
-                    mask = torch.zeros(len(ids), dtype=torch.uint8)
+                split = held.figures["position"].split(held.lengths)
+                masks = torch.zeros(len(split), len(ids), dtype=torch.uint8)
+                for mask, positions in zip(masks, split, strict=True):
                     mask[positions.cpu().long()] = 1
-                    rows.append(mask)
+                rows += gather(masks)
             found.append(torch.stack(rows))
     return torch.stack(found).unflatten(0, (len(methods), len(budgets))).numpy()

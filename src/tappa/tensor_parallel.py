@@ -1,0 +1,63 @@
+"""Heads of a model whose layers are split over processes (transformers' tensor parallel).
+
+Each rank holds an equal run of the query heads of every layer, with their KV heads, and sees the
+attention of these alone. What is needed of all heads is gathered; all ranks must then ask for it
+together, which they do, since they run the same layers at the same time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class HeadShards:
+    """This rank's heads among those of all ranks; one rank holds them all."""
+
+    rank: int = 0
+    ranks: int = 1
+    group: Any = None
+    device: str = "cpu"  # what the ranks exchange lies here
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "HeadShards":
+        """How a model is split."""
+        if (getattr(model, "_tp_size", None) or 1) == 1:
+            return cls()
+        mesh: Any = model._device_mesh
+        if "tp" in (mesh.mesh_dim_names or ()):
+            mesh = mesh["tp"]
+        return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), mesh.device_type)
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """(heads of this rank, ...) -> (heads of all ranks, ...)."""
+        if self.ranks == 1:
+            return mine
+        sent = mine.to(self.device).contiguous()
+        if sent.dtype == torch.bool:
+            return self.gather(sent.to(torch.uint8)).to(mine.device, torch.bool)
+        parts = [torch.empty_like(sent) for _ in range(self.ranks)]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts).to(mine.device)
+
+    def gather_padded(self, mine: Tensor, value: float | bool) -> Tensor:
+        """`gather` of (heads, tokens) where ranks differ in tokens, filled up with `value`."""
+        if self.ranks == 1:
+            return mine
+        longest = int(self.gather(torch.tensor([mine.shape[1]])).max())
+        return self.gather(torch.nn.functional.pad(mine, (0, longest - mine.shape[1]), value=value))
+
+    def mine(self, every: Any) -> Any:
+        """This rank's part of a list or tensor with all heads first."""
+        size = len(every) // self.ranks
+        return every[self.rank * size : (self.rank + 1) * size]
+
+
+def local(weight: Tensor) -> Tensor:
+    """The part of a split weight that this rank holds; any other weight as it is."""
+    found: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return found

@@ -1,0 +1,111 @@
+"""A model whose heads are split over two processes (gloo): everything as if it was whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tappa
+from split_model import METHODS, TEXTS, kept
+from tappa.analysis import Analysis
+from tappa.errors import CaptureError, ModelError
+from tappa.layer_statistics import LayerStatistics
+from tappa.pruning import Calibration, calibrate
+from tappa.report.looking import look
+from tappa.report.views import load_views
+from tappa.tensor_parallel import HeadShards
+from tiny import save_tiny
+
+SCRIPT = Path(__file__).parents[1] / "split_model.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six query heads and two KV heads: three and one for each rank."""
+    folder = tmp_path_factory.mktemp("split") / "model"
+    return save_tiny(folder, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def split(model: Path) -> Path:
+    """The folder to which two ranks wrote."""
+    out = model.parent / "out"
+    out.mkdir()
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    standalone = ("--standalone", "--no-python", sys.executable, "-W", "error::FutureWarning")
+    done = subprocess.run(
+        [*torchrun, *standalone, str(SCRIPT), str(model), str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_the_analysis_has_all_heads_under_their_numbers(model: Path, split: Path) -> None:
+    found, whole = Analysis.load(split / "analysis.json"), tappa.analyze(*tappa.load(model), TEXTS)
+    assert (found.model, found.prompts) == (whole.model, whole.prompts)
+    for mine, theirs in zip(found.layers, whole.layers, strict=True):
+        assert mine.sums.keys() == theirs.sums.keys()
+        for name, values in theirs.sums.items():
+            assert mine.sums[name].shape == values.shape, name
+            if name not in ("tightness", "season_votes"):  # a rounding may move a vote
+                np.testing.assert_allclose(
+                    mine.sums[name], values, rtol=2e-3, atol=2e-3, err_msg=name
+                )
+    mine, theirs = (x.to_frame()["q_similarity"].to_numpy() for x in (found, whole))
+    np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert np.abs(theirs - np.roll(theirs, 3)).min() > 1e-3  # the order matters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compressed_cache_keeps_the_same_tokens(model: Path, split: Path, method: str) -> None:
+    whole = kept(tappa.load(model).model, method, range(2))
+    ranks = [json.loads((split / f"kept-{rank}.json").read_text())[method] for rank in range(2)]
+    found = [[heads[0] for heads in layer] for layer in zip(*ranks, strict=True)]
+    assert found == whole
+    held = [len(head) for layer in whole for head in layer]
+    assert sum(held) < 90 * len(held)
+
+
+def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) -> None:
+    loaded = tappa.load(model)
+    mine, whole = (
+        Calibration.load(split / "calibration.json"),
+        calibrate(*loaded, TEXTS, window=31, limit=3),
+    )
+    for name in ("cosines", "similarity", "output"):
+        np.testing.assert_allclose(getattr(mine, name), getattr(whole, name), rtol=1e-4)
+    (seen,) = load_views(split / "views.npz")
+    alone = look(*loaded, TEXTS[0], methods=("snapkv",))
+    assert seen.maps.shape == alone.maps.shape
+    assert np.abs(seen.maps.astype(int) - alone.maps).max() <= 1
+    np.testing.assert_array_equal(seen.kept, alone.kept)
+
+
+def test_one_rank_holds_everything() -> None:
+    shards, x = HeadShards(), torch.arange(6.0).view(3, 2)
+    assert shards.gather(x) is x
+    assert shards.gather_padded(x, 0.0) is x
+    assert torch.equal(shards.mine(x), x)
+    assert HeadShards(1, 2).mine([2, 3, 5, 7]) == [5, 7]
+
+
+def test_uneven_heads_are_refused() -> None:
+    layer = LayerStatistics(0, [1.0], 1.0, {"vertical": np.zeros(4)})
+    with pytest.raises(CaptureError, match="expected 7 heads in equal parts on 2 ranks"):
+        layer.of_all_ranks(HeadShards(0, 2), 7)
+
+
+def test_without_torchrun_it_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ModelError, match="torchrun"):
+        tappa.load(model, device="tp")

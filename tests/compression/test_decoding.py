@@ -1,0 +1,204 @@
+"""Writing on in fixed steps: the same tokens, kept and written, as through the cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tappa.compression import CompressedCache, compressed, generate, record, stack_caches
+from tappa.compression.fixed import FixedKV
+from tappa.errors import CompressionError
+from tiny import tiny_model as make_tiny
+
+tiny_model: Callable[..., Any] = make_tiny
+PROMPT = torch.randint(3, 90, (1, 211), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {"window": 7, "every": 5}
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    *(("tappa", {}), ("tappa", {"per_head": True}), ("adakv", {}), ("snapkv", {}), ("cake", {})),
+    *(("tappa_paper", {}), ("streaming_llm", {}), ("pyramidkv", {}), ("duo_attention", {})),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers start as NaN: what nobody wrote must not be read."""
+    plain = FixedKV.__init__
+
+    def poisoned(self: FixedKV, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self.keys.fill_(torch.nan)
+        self.values.fill_(torch.nan)
+
+    monkeypatch.setattr(FixedKV, "__init__", poisoned)
+
+
+def endless(kind: str = "llama", **changes: Any) -> Any:
+    """A model without a token that ends the text."""
+    model = tiny_model(kind, **changes)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def by_transformers(model: Any, cache: CompressedCache, ids: Tensor, new: int, **o: Any) -> Tensor:
+    options = {"do_sample": False, "pad_token_id": 0} | o
+    return model.generate(ids, past_key_values=cache, max_new_tokens=new, **options)
+
+
+def held(cache: CompressedCache) -> list[list[int]]:
+    rows = cache.compressed_layers[0].rows
+    heads, layers = range(3), range(len(cache.layers))
+    return [cache.positions_held(n, h, row) for n in layers for h in heads for row in range(rows)]
+
+
+@pytest.mark.parametrize(("name", "options"), METHODS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_fixed_steps_write_and_keep_what_the_cache_does(
+    kind: str, name: str, options: dict[str, Any]
+) -> None:
+    """Through many cuts, and to the end of what is asked for."""
+    model = endless(kind)
+    caches = [compressed(model, name, 23, **SMALL | options) for _ in range(2)]
+    expected = by_transformers(model, caches[0], PROMPT[:, :97], 41)
+    actual = generate(caches[1], PROMPT[:, :97], 41, graph=True)
+    assert torch.equal(actual, expected)
+    assert held(caches[1]) == held(caches[0])
+    assert caches[1].tokens_seen == 97 + 40
+    assert caches[1].tokens_held() <= 23
+
+
+@pytest.mark.parametrize("budget", [23, 0.3, 500])
+@pytest.mark.parametrize("prompt", [9, 31])
+def test_short_prompts_grow_into_the_budget(prompt: int, budget: float) -> None:
+    """Layers that hold all of a prompt take more later, beyond what was foreseen for them."""
+    model = endless(num_hidden_layers=5)
+    caches = [compressed(model, "tappa", budget, **SMALL) for _ in range(2)]
+    expected = by_transformers(model, caches[0], PROMPT[:, :prompt], 61)
+    actual = generate(caches[1], PROMPT[:, :prompt], 61, graph=True)
+    assert torch.equal(actual, expected)
+    assert held(caches[1]) == held(caches[0])
+
+
+@pytest.mark.parametrize("name", ["tappa", "snapkv", "full"])
+def test_padded_rows_write_what_they_do_alone(name: str) -> None:
+    model = endless()
+    ids = PROMPT[:, :194].view(2, 97).clone()
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    options = {} if name == "full" else SMALL
+    batch = generate(
+        compressed(model, name, 23, **options), ids, 29, attention_mask=mask, graph=True
+    )
+    for row, start in ((0, 20), (1, 0)):
+        alone = compressed(model, name, 23, **options)
+        expected = generate(alone, ids[row : row + 1, start:], 29, graph=True)
+        assert batch[row, 97:].tolist() == expected[0, 97 - start :].tolist()
+        other = by_transformers(
+            model, compressed(model, name, 23, **options), ids[row : row + 1, start:], 29
+        )
+        assert torch.equal(expected, other)
+
+
+def test_the_cache_goes_on_after_fixed_steps() -> None:
+    """Another piece of text, then more steps: as if there had been no fixed steps at all."""
+    model = endless()
+    caches = [compressed(model, "tappa", 23, **SMALL) for _ in range(2)]
+    written = []
+    for cache, graph in zip(caches, (False, True), strict=True):
+        ids = generate(cache, PROMPT[:, :97], 19, graph=graph)
+        ids = torch.cat([ids, PROMPT[:, 100:103]], 1)
+        written.append(generate(cache, ids, 17, graph=graph))
+    assert torch.equal(*written)
+    assert held(caches[0]) == held(caches[1])
+
+
+def test_rows_end_where_transformers_ends_them() -> None:
+    model = tiny_model("llama")
+    ids = PROMPT[:, :210].view(3, 70)
+    other = endless()
+    free = by_transformers(other, compressed(other, "full"), ids, 40)[:, 70:]
+    ends = [int(free[0, 3]), int(free[1, 11])]  # rows end early, at different steps
+    model.generation_config.eos_token_id = ends
+    model.generation_config.pad_token_id = 1
+    for name in ("full", "tappa"):
+        options = {} if name == "full" else SMALL
+        for given in (ids, ids[:2]):
+            cache = compressed(model, name, 30, **options)
+            twin = compressed(model, name, 30, **options)
+            expected = by_transformers(model, twin, given, 40, pad_token_id=1)
+            for graph in (True, False):
+                cache.reset()
+                assert torch.equal(generate(cache, given, 40, graph=graph), expected)
+                assert cache.tokens_seen == twin.tokens_seen == expected.shape[1] - 1
+
+
+def test_a_prompt_that_was_read_and_a_stack_of_caches() -> None:
+    """As the evaluation does: all but the last token is known, nothing more is dropped."""
+    model = endless()
+    recording = record(model, PROMPT[:, :96])
+    budgets = [23, 41, 61]
+    caches = recording.compress("tappa", budgets, **SMALL)
+    alone = []
+    for cache in caches:
+        cache.frozen = True
+        alone.append(by_transformers(model, cache.copy(), PROMPT[:, :97], 21))
+    stacked = stack_caches(caches)
+    actual = generate(stacked, PROMPT[:, :97].expand(3, -1), 21, graph=True)
+    assert torch.equal(actual, torch.cat(alone))
+    assert stacked.tokens_seen == 96 + 21
+    assert stacked.tokens_held(row=2) == pytest.approx(caches[2].tokens_held() + 21)
+    assert torch.isfinite(model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits).all()
+
+
+def test_stop_and_show_see_all_tokens() -> None:
+    model = endless()
+    shown: list[Tensor] = []
+
+    def stop(ids: Tensor) -> Tensor:
+        return torch.tensor([ids.shape[1] >= 97 + 30])
+
+    cache = compressed(model, "tappa", 23, **SMALL)
+    ids = generate(cache, PROMPT[:, :97], 90, graph=True, show=shown.append, stop=stop)
+    assert torch.equal(torch.cat([PROMPT[:, :97], *shown], 1), ids)
+    assert 97 + 30 <= ids.shape[1] <= 97 + 30 + 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("gemma3", "tappa", "sliding window"),
+        ("llama", "h2o", "h2o scores tokens by received"),
+        ("llama", "expected_attention", "by moments"),
+    ],
+)
+def test_what_cannot_be_done_in_fixed_steps(kind: str, name: str, reason: str) -> None:
+    """It says why if it must, and takes the other path if it may."""
+    model = endless(kind)
+    with pytest.raises(CompressionError, match=reason):
+        generate(compressed(model, name, 23, **SMALL), PROMPT[:, :97], 9, graph=True)
+    expected = by_transformers(model, compressed(model, name, 23, **SMALL), PROMPT[:, :97], 9)
+    assert torch.equal(generate(compressed(model, name, 23, **SMALL), PROMPT[:, :97], 9), expected)
+
+
+def test_a_prompt_that_the_cache_knows_needs_another_token() -> None:
+    model = endless()
+    cache = compressed(model, "tappa", 23, **SMALL)
+    generate(cache, PROMPT[:, :97], 3)
+    with pytest.raises(CompressionError, match="call reset"):
+        generate(cache, PROMPT[:, :50], 3)
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    model: PreTrainedModel = endless()
+    rows = 400
+    torch.manual_seed(0)
+    cache = compressed(model, "full")
+    ids = generate(cache, PROMPT[:, :5].expand(rows, -1), 2, temperature=0.5, graph=True)
+    with torch.inference_mode():
+        first: Any = model(PROMPT[:, :5])
+    expected = (first.logits[0, -1] / 0.5).softmax(-1)
+    found = ids[:, 5].bincount(minlength=101) / rows
+    assert (found - expected).abs().sum() < 0.35  # of two distributions at most 2
+    assert len(set(ids[:, 6].tolist())) > 5

@@ -1,0 +1,52 @@
+"""What one rank of a tensor-parallel model does: `torchrun split_model.py MODEL OUT`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+import tappa
+from tappa.pruning import calibrate
+from tappa.report.looking import look
+from tappa.report.views import save_views
+
+TEXTS = ["It is a truth universally acknowledged, " * 3, "that a single man in possession " * 2]
+METHODS = ("snapkv", "tappa", "tappa by heads", "adakv", "cake", "tappa_paper", "h2o")
+BUDGET, PROMPT, NEW = 40, 90, 7
+
+
+def kept(model: PreTrainedModel, method: str, heads: range) -> list[list[list[int]]]:
+    """Positions that these KV heads of every layer hold after a prompt and some steps."""
+    options: dict[str, Any] = {"per_head": True} if method == "tappa by heads" else {}
+    ids = torch.arange(PROMPT)[None] * 7 % 90 + 5
+    cache = tappa.compressed(model, method.split()[0], BUDGET, every=2, **options)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        for step in range(NEW):
+            model(torch.tensor([[11 + step]]), past_key_values=cache)
+    layers = range(len(cache.layers))
+    return [[cache.positions_held(layer, head) for head in heads] for layer in layers]
+
+
+def main(folder: Path, out: Path) -> None:
+    model, tokenizer = tappa.load(folder, device="tp")
+    rank = dist.get_rank()
+    analysis = tappa.analyze(model, tokenizer, TEXTS)
+    found = {method: kept(model, method, range(1)) for method in METHODS}
+    (out / f"kept-{rank}.json").write_text(json.dumps(found))
+    calibration = calibrate(model, tokenizer, TEXTS, window=31, limit=3)
+    views = look(model, tokenizer, TEXTS[0], methods=("snapkv",))
+    if rank == 0:
+        analysis.save(out / "analysis.json")
+        calibration.save(out / "calibration.json")
+        save_views(out / "views.npz", [views])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
