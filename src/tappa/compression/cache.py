@@ -389,8 +389,8 @@ class CompressedCache(DynamicCache):
             first = layer.seen - len(self._positions) + tokens.start
             layer.observations.append(Observation.empty(queries, first))
         seen = layer.observations[row]
-        seen.see(queries, positions, method.window)
-        seen.end = layer.seen - len(self._positions) + tokens.stop
+        end = layer.seen - len(self._positions) + tokens.stop
+        seen.see(queries, positions, method.window, end)
         if prompt:
             table = None
             if "moments" in method.scorer.needs or "similarity" in rule.needs:

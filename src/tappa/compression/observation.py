@@ -43,8 +43,13 @@ class Observation:
         queries: Float[Tensor, "heads new dim"],
         positions: Int[Tensor, " new"],
         window: int,
+        end: int,
     ) -> None:
-        """The next queries of the prompt, post-RoPE: remember the last `window`."""
+        """The next queries of the prompt, post-RoPE, up to position `end`: keep the last `window`.
+
+        The positions are on the device; what their last one is, the CPU is told and need not ask.
+        """
+        self.end = end
         if window and len(positions):
             new = max(self.window.shape[1] + len(positions) - window, 0)  # leave the window
             self.window = torch.cat([self.window[:, new:], queries[:, -window:]], 1)

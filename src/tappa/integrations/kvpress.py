@@ -296,7 +296,7 @@ def _observed(
     """What a rule may ask about the queries of a prompt, before and after RoPE."""
     positions = torch.arange(before.shape[1], device=before.device)
     seen = Observation.empty(after, 0)
-    seen.see(after, positions, method.window)
+    seen.see(after, positions, method.window, len(positions))
     # without channels, learn() takes queries as they are: hand it those the rule asks for
     seen.learn(before if rule.variant.space == "pre" else after, positions, method.scorer, rule)
     return seen
