@@ -83,8 +83,8 @@ def test_every_head_has_its_row(kind: str) -> None:
     json.dumps(summary, allow_nan=False)
     for view in views_of(kind):
         rows = [h for h in analysis.heads if h["layer"] == view.layer]
-        q = self_similarity(view.unrotate(view.queries, 0))
-        k = self_similarity(view.unrotate(view.keys, 0))[[h["kv_head"] for h in rows]]
+        q = self_similarity(view.queries_before)
+        k = self_similarity(view.keys_before)[[h["kv_head"] for h in rows]]
         np.testing.assert_allclose([h["q_similarity"] for h in rows], q, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose([h["k_similarity"] for h in rows], k, rtol=1e-6, atol=1e-7)
 

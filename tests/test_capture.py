@@ -203,7 +203,7 @@ def test_unrotated_queries_are_those_before_rope(kind: str) -> None:
         shown = [view for view in views if view.layer == layer]
         assert len(shown) == len(expected) == 2
         for view in shown:
-            close(view.unrotate(view.queries, view.query_start), expected[view.row])
+            close(view.queries_before, expected[view.row])
 
 
 def inv_freq_of(model: PreTrainedModel, layer: int) -> Tensor:

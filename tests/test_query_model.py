@@ -129,24 +129,24 @@ ROWS = torch.tensor([[5, 11, 17, 23, 31], [7, 13, 19, 29, 35]])
 @pytest.mark.parametrize("rotary", [SLOW, FAST])
 def test_constant_queries_are_predicted_exactly(rotary: RotaryChannels) -> None:
     view = view_of(rotary, constant())
-    expected = expected_persistence(view, constant(), ROWS, season())
+    expected = expected_persistence(view, ROWS, season())
     real = real_persistence(view, ROWS, SEASON)
     torch.testing.assert_close(expected, real, atol=1e-4, rtol=1e-4)
 
 
 def test_constant_queries_and_low_frequencies_persist() -> None:
     # With row t + 1 a key more, out of t + 2: little is lost when t is large
-    keep = expected_persistence(view_of(SLOW, constant(), 0.1), constant(), ROWS, season())[:, 0]
+    keep = expected_persistence(view_of(SLOW, constant(), 0.1), ROWS, season())[:, 0]
     assert (keep / ROWS.shape[1] > 0.9).all()
     noise = 3 * random(2, TOKENS, 7)
-    lost = expected_persistence(view_of(SLOW, noise), noise, ROWS, season())[:, 0]
+    lost = expected_persistence(view_of(SLOW, noise), ROWS, season())[:, 0]
     assert (lost < keep - 1).all()
 
 
 def test_nearly_constant_queries_are_predicted_nearly() -> None:
     queries = constant() + 0.05 * random(2, TOKENS, 7, seed=5)
     view = view_of(SLOW, queries)
-    expected = expected_persistence(view, queries, ROWS, season())
+    expected = expected_persistence(view, ROWS, season())
     real = real_persistence(view, ROWS, SEASON)
     torch.testing.assert_close(expected, real, atol=0.5, rtol=0)  # of 5 rows
 
@@ -154,7 +154,7 @@ def test_nearly_constant_queries_are_predicted_nearly() -> None:
 def test_expectations_are_the_same_at_every_call() -> None:
     queries = random(2, TOKENS, 7)
     view = view_of(FAST, queries)
-    first, second = (expected_persistence(view, queries, ROWS, season()) for _ in range(2))
+    first, second = (expected_persistence(view, ROWS, season()) for _ in range(2))
     assert torch.equal(first, second)
     assert (first >= 0).all()
     assert (first <= ROWS.shape[1] + 1e-4).all()

@@ -99,7 +99,24 @@ def test_without_rope_there_is_no_dominant_channel() -> None:
 
 
 def scaled(layer: Layer, factor: float) -> Layer:
+    assert layer.queries_before is not None
     return replace(layer, queries_before=factor * layer.queries_before)
+
+
+@pytest.mark.parametrize("start", [0, 19])
+def test_sampled_vectors_can_be_turned_back(start: int) -> None:
+    """Without all vectors before RoPE, those of the points are the same."""
+    generator = torch.Generator().manual_seed(start)
+    queries, keys = (torch.randn(heads, 29, 7, generator=generator) for heads in (6, 3))
+    at = torch.arange(29) + start
+    rotated = MIXED.rotate(queries, at), MIXED.rotate(keys, at)
+    layer = Layer(rotated[0], queries, rotated[1], keys, MIXED, 0.37, start, start)
+    bare = replace(layer, queries_before=None, keys_before=None)
+    given, found = (vars(points(x, 11, 5)).values() for x in (layer, bare))
+    for whole, turned in zip(given, found, strict=True):
+        torch.testing.assert_close(turned, whole, atol=1e-5, rtol=1e-5)
+    assert check(bare).keys() == check(layer).keys()
+    assert all((result.violations == 0).all() for result in check(bare).values())
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,15 @@ class LayerView:
         """Post-RoPE, float32."""
         return self.model_keys.float()
 
-    def unrotate(self, x: Float[Tensor, "heads tokens dim"], start: int) -> Tensor:
-        """Vectors before RoPE, of consecutive positions from `start` on."""
-        return self.rotary.unrotate_from(x, start)
+    @cached_property
+    def queries_before(self) -> Float[Tensor, "heads steps dim"]:
+        """Before RoPE, float32."""
+        return self.rotary.unrotate_from(self.queries, self.query_start)
+
+    @cached_property
+    def keys_before(self) -> Float[Tensor, "kv_heads past dim"]:
+        """Before RoPE, float32."""
+        return self.rotary.unrotate_from(self.keys, self.key_start)
 
 
 Consumer = Callable[[LayerView], None]

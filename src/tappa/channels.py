@@ -41,6 +41,17 @@ class ChannelSums:
         for key, value in sums.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
+    def dominant(self) -> Int[Tensor, " heads"]:
+        """The rotated channel of each query head with the most energy `mean|q^m| mean|k^m|` so far
+
+        (0 where none is rotated).
+        """
+        queries, keys, pairs = self._sums["q_norms"], self._sums["k_norms"], len(self.rotary.theta)
+        if pairs == 0:
+            return torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        energy = queries * keys.repeat_interleave(len(queries) // len(keys), 0)
+        return energy[:, :pairs].argmax(1)
+
     def statistics(self) -> dict[str, Tensor]:
         """Figures that add up over prompts, for every query head: sums over the steps of
 
@@ -58,35 +69,18 @@ class ChannelSums:
         }
 
 
-def dominant_channel(
-    rotary: RotaryChannels,
-    queries: Float[Tensor, "heads steps dim"],
-    keys: Float[Tensor, "kv_heads past dim"],
-) -> Int[Tensor, " heads"]:
-    """The rotated channel with the most energy `mean|q^m| mean|k^m|` (0 where none is rotated)."""
-    pairs = len(rotary.theta)
-    if pairs == 0:
-        return torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    key_norms = rotary.norms(keys).mean(1).repeat_interleave(len(queries) // len(keys), 0)
-    return (rotary.norms(queries).mean(1) * key_norms)[:, :pairs].argmax(1)
-
-
 def best_season(
     queries: Float[Tensor, "heads steps dim"], keys: Float[Tensor, "kv_heads steps dim"], lags: int
 ) -> Int[Tensor, " heads"]:
     """The lag L >= 2 at which queries and keys repeat themselves best, up to a third of the steps.
 
-    Largest mean of the two autocorrelations of vectors before RoPE; 0 where the prompt is too
-    short to show a season. Source: the L-periodic queries and keys of TAPPA Theorem 5.4.
+    Largest mean of the two autocorrelations, from unit vectors before RoPE; 0 where the prompt is
+    too short to show a season. Source: the L-periodic queries and keys of TAPPA Theorem 5.4.
     """
     heads, steps, _ = queries.shape
     longest = min(steps // 3, lags - 1)
     if longest < 2:
         return torch.zeros(heads, dtype=torch.int64, device=queries.device)
-    group = heads // keys.shape[0]
-    curves = [
-        autocorrelation(queries[kv * group : (kv + 1) * group], longest + 1)
-        + autocorrelation(keys[kv : kv + 1], longest + 1)
-        for kv in range(keys.shape[0])
-    ]
-    return torch.cat(curves)[:, 2:].argmax(dim=1) + 2
+    of_keys = autocorrelation(keys, longest + 1).repeat_interleave(heads // len(keys), 0)
+    curves = autocorrelation(queries, longest + 1) + of_keys
+    return curves[:, 2:].argmax(dim=1) + 2

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from tappa import kernels
 from tappa.attention_profile import ADDITIVE, AttentionProfile, attention_profile
 from tappa.capture import LayerView
-from tappa.channels import ChannelSums, best_season, dominant_channel
+from tappa.channels import ChannelSums, best_season
 from tappa.errors import CaptureError, NonFiniteError
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
@@ -98,34 +99,36 @@ class PromptLayer:
         Raises:
             NonFiniteError: NaN or infinity among the queries or keys.
         """
-        steps = view.queries.shape[1]
-        queries = view.unrotate(view.queries, view.query_start)
-        past = view.unrotate(view.keys, view.key_start)
         season = self.season
         if season is None:
-            season = best_season(queries, past[:, -steps:], self.settings.lags)
+            season = best_season(*_unit_vectors(view), lags=self.settings.lags)
         # the CPU waits for a GPU here only: then it launches the rest while that makes the profile
         self.season = _checked(view, season)
         self._add_profile(view)
-        self._add_vectors(view, queries, past[:, -steps:])
-        for name, value in _sampled_figures(view, queries, past, self.season).items():
+        dominant = self._add_vectors(view).dominant()
+        for name, value in _sampled_figures(view, self.season, dominant).items():
             self.sampled[name] = self.sampled[name] + value if name in self.sampled else value
         self.rotary, self.scale, self.layer = view.rotary, view.attention.scale, view.layer
 
-    def _add_vectors(self, view: LayerView, queries: Tensor, keys: Tensor) -> None:
-        """Similarity and channels, from vectors before RoPE and those of the view."""
-        steps = queries.shape[1]
-        self.channels = self.channels or ChannelSums(view.rotary)
-        fresh = view.model_keys[:, -steps:]
-        sums = kernels.vector_sums(view.model_queries, fresh, view.rotary, view.query_start)
+    def _add_vectors(self, view: LayerView) -> ChannelSums:
+        """Similarity and channels of the fresh queries and keys."""
+        queries, steps = view.model_queries, view.model_queries.shape[1]
+        keys = view.model_keys[:, -steps:]
+        channels = self.channels = self.channels or ChannelSums(view.rotary)
+        sums = kernels.vector_sums(queries, keys, view.rotary, view.query_start)
         if sums is None:
-            self.queries.add(queries, view.queries)
-            self.keys.add(keys, view.keys[:, -steps:])
-            self.channels.add(queries, keys)
-        else:
-            self.queries.add_sums(sums[0], queries, view.model_queries)
-            self.keys.add_sums(sums[1], keys, fresh)
-            self.channels.add_sums(*sums, steps)
+            before = view.keys_before[:, -steps:]
+            self.queries.add(view.queries_before, view.queries)
+            self.keys.add(before, view.keys[:, -steps:])
+            channels.add(view.queries_before, before)
+            return channels
+        ends = self.queries.ends(steps, queries.device)
+        for similarity, x, of in ((self.queries, queries, sums[0]), (self.keys, keys, sums[1])):
+            post = x[:, ends].float()
+            pre = view.rotary.rotate(post, -(ends + view.query_start))
+            similarity.add_sums(of, pre, post, steps)
+        channels.add_sums(*sums, steps)
+        return channels
 
     def _add_profile(self, view: LayerView) -> None:
         queries, keys, key_start = view.model_queries, view.model_keys, view.key_start
@@ -162,8 +165,31 @@ class PromptLayer:
         votes = torch.zeros(len(self.season), self.settings.lags, dtype=torch.int64)
         votes[torch.arange(len(self.season)), self.season] = self.profile.rows
         sums["season_votes"] = votes
-        arrays = {name: value.cpu().numpy() for name, value in sums.items()}
-        return LayerStatistics(self.layer, self.rotary.theta.tolist(), self.scale, arrays)
+        return LayerStatistics(self.layer, self.rotary.theta.tolist(), self.scale, _arrays(sums))
+
+
+def _unit_vectors(view: LayerView) -> tuple[Tensor, Tensor]:
+    """Fresh queries and keys before RoPE, as unit vectors."""
+    steps = view.model_queries.shape[1]
+    queries = kernels.unit_vectors(view.model_queries, view.rotary, view.query_start)
+    fresh = view.model_keys[:, -steps:]
+    keys = kernels.unit_vectors(fresh, view.rotary, view.query_start)
+    if queries is None or keys is None:
+        before = view.queries_before, view.keys_before[:, -steps:]
+        return normalize(before[0], dim=-1), normalize(before[1], dim=-1)
+    return queries, keys
+
+
+def _arrays(sums: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """All of them on the CPU, after a single wait for a GPU."""
+    flat = {name: x.contiguous().view(-1).view(torch.uint8) for name, x in sums.items()}
+    device = next((x.device for x in flat.values() if x.is_cuda), torch.device("cpu"))
+    joined = torch.cat([x.to(device, non_blocking=True) for x in flat.values()]).cpu()
+    parts = joined.split([len(x) for x in flat.values()])
+    return {
+        name: part.clone().view(sums[name].dtype).view(sums[name].shape).numpy()
+        for name, part in zip(sums, parts, strict=True)
+    }
 
 
 def _checked(view: LayerView, season: Tensor) -> Tensor:
@@ -188,25 +214,26 @@ def _profile_sums(profile: AttentionProfile) -> dict[str, Tensor]:
     }
 
 
-def _sampled_figures(
-    view: LayerView, queries: Tensor, past: Tensor, season: Tensor
-) -> dict[str, Tensor]:
+def _sampled_figures(view: LayerView, season: Tensor, dominant: Tensor) -> dict[str, Tensor]:
     """Bounds, and persistence over seasons and as expected, on some rows of every head."""
-    heads, steps, _ = queries.shape
+    heads, steps, _ = view.model_queries.shape
+    on_gpu = view.model_queries.is_cuda  # where vectors before RoPE are not at hand
     layer = Layer(
-        *(view.queries, queries, view.keys, past, view.rotary, view.attention.scale),
-        *(view.query_start, view.key_start),
+        view.model_queries,
+        None if on_gpu else view.queries_before,
+        view.model_keys,
+        None if on_gpu else view.keys_before,
+        *(view.rotary, view.attention.scale, view.query_start, view.key_start),
     )
     season = torch.where(season < steps, season, 0)  # on the CPU, as all that decides on shapes
-    channel = dominant_channel(view.rotary, queries, past)
-    found = dict.fromkeys(BOUNDS, BoundCheck.none(heads, queries.device))
-    found |= check_bounds(layer, season, channel, SAMPLED_ROWS, SAMPLED_KEYS)
+    found = dict.fromkeys(BOUNDS, BoundCheck.none(heads, view.model_queries.device))
+    found |= check_bounds(layer, season, dominant, SAMPLED_ROWS, SAMPLED_KEYS)
     figures = {
         name: torch.stack([getattr(found[bound], name) for bound in BOUNDS], 1)
         for name in ("checked", "violations", "tightness")
     }
     rows = spread_rows(steps - season.clamp_min(1), SAMPLED_ROWS)
-    figures["expected"] = expected_persistence(view, queries, rows, season).double()
+    figures["expected"] = expected_persistence(view, rows, season).double()
     figures["observed"] = observed_seasons(view, rows, season).double()
     figures["sampled_rows"] = torch.tensor(rows.shape[1])
     figures["seasonal_rows"] = torch.where(season > 0, rows.shape[1], 0)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tappa import kernels
 from tappa.attention_profile import SINK_TOKENS, attention_rows, persistence
 from tappa.capture import LayerView
 from tappa.rope import RotaryChannels
@@ -31,6 +32,30 @@ class QueryModel:
     mean: Float[Tensor, "heads 1 dim"]
     variance: Float[Tensor, "heads channels"]  # of a whole channel: the sum over its dimensions
     rotary: RotaryChannels
+
+    @classmethod
+    def of_view(
+        cls, view: LayerView, steps: Sequence[Int[Tensor, " heads"]]
+    ) -> "tuple[QueryModel, list[Float[Tensor, 'heads channels']]]":
+        """Fit to the queries of a layer; and their `mean_change` for every u of `steps`.
+
+        With `steps` on the CPU, a GPU need not be waited for.
+        """
+        rotary, queries = view.rotary, view.model_queries
+        shifts = torch.stack(list(steps))
+        on_device = shifts.to(queries.device, torch.int32, non_blocking=True)
+        sums = kernels.query_sums(queries, rotary, view.query_start, on_device)
+        if sums is None:
+            before = view.queries_before
+            return cls.of(rotary, before), [mean_change(rotary, before, u) for u in steps]
+        count = queries.shape[1]
+        offset, squares, changes = (x / n for x, n in zip(sums, (count, count, 1), strict=True))
+        at = torch.full((len(queries), 1), -(view.query_start + count // 2), device=queries.device)
+        origin = rotary.rotate(queries[:, count // 2 : count // 2 + 1].float(), at)
+        variance = (squares - rotary.by_channel(offset.square())).float()
+        pairs = (count - shifts)[..., None].to(changes.device, non_blocking=True)
+        model = cls(origin + offset.float()[:, None], variance.clamp_min(0), rotary)
+        return model, list((changes / pairs).float())
 
     @classmethod
     def of(cls, rotary: RotaryChannels, queries: Float[Tensor, "heads steps dim"]) -> "QueryModel":
@@ -65,20 +90,18 @@ def mean_change(
 
 
 def expected_rows(
-    view: LayerView,
-    queries: Float[Tensor, "heads steps dim"],
-    rows: Int[Tensor, "heads rows"],
-    steps: Sequence[Int[Tensor, " heads"]],
+    view: LayerView, rows: Int[Tensor, "heads rows"], steps: Sequence[Int[Tensor, " heads"]]
 ) -> Iterator[Float[Tensor, "heads rows past"]]:
     """Attention of the model's queries at some rows, then u rows later for every u of `steps`.
 
-    A u holds a number for each head. `queries` are the real ones before RoPE.
+    A u holds a number for each head.
     """
-    model = QueryModel.of(view.rotary, queries)
+    model, changes = QueryModel.of_view(view, steps)
+    device = view.model_queries.device
     heads = len(rows) * view.shards.ranks  # a head's noise is the same on whatever rank it is
-    every = _noise((1 + len(steps), heads, rows.shape[1], queries.shape[-1]), queries.device)
+    every = _noise((1 + len(steps), heads, rows.shape[1], view.rotary.dim), device)
     noise = view.shards.mine(every.transpose(0, 1)).transpose(0, 1)
-    rows = rows.to(queries.device, non_blocking=True)
+    rows = rows.to(device, non_blocking=True)
 
     def attend(at: Int[Tensor, "heads rows"], noise: Tensor) -> Tensor:
         positions = at + view.query_start
@@ -86,24 +109,21 @@ def expected_rows(
         return attention_rows(drawn, positions, view.keys, view.attention, view.key_start)
 
     yield attend(rows, noise[0])
-    for u, fresh in zip(steps, noise[1:], strict=True):
-        same = model.correlation(mean_change(view.rotary, queries, u))
-        at = rows + u.to(rows.device, non_blocking=True)[:, None]
+    for u, change, fresh in zip(steps, changes, noise[1:], strict=True):
+        same = model.correlation(change)
+        at = rows + u.to(device, non_blocking=True)[:, None]
         yield attend(at, same * noise[0] + (1 - same.square()).sqrt() * fresh)
 
 
 def expected_persistence(
-    view: LayerView,
-    queries: Float[Tensor, "heads steps dim"],
-    rows: Int[Tensor, "heads rows"],
-    season: Int[Tensor, " heads"],
+    view: LayerView, rows: Int[Tensor, "heads rows"], season: Int[Tensor, " heads"]
 ) -> Float[Tensor, "heads 5"]:
     """What the model expects, summed over some rows: persistence under the shifts (1, 0), (1, 1),
-    (L, L), (L, 0), and attention on the first tokens. `queries` are the real ones before RoPE.
+    (L, L), (L, 0), and attention on the first tokens.
     With `rows` and `season` on the CPU, a GPU need not be waited for.
     """
     steps = [torch.ones_like(season), season]
-    now, step, later = expected_rows(view, queries, rows, steps)
+    now, step, later = expected_rows(view, rows, steps)
     lag = season.to(now.device, non_blocking=True)
     sums = (
         persistence(now, step, 0),
@@ -125,11 +145,11 @@ def observed_seasons(
     view: LayerView, rows: Int[Tensor, "heads rows"], season: Int[Tensor, " heads"]
 ) -> Float[Tensor, "heads 3"]:
     """Real persistence under the shifts (L, L), (L, 0) and (0, L), summed over some rows."""
-    rows, season = (x.to(view.queries.device, non_blocking=True) for x in (rows, season))
+    rows, season = (x.to(view.model_queries.device, non_blocking=True) for x in (rows, season))
     head = torch.arange(len(rows), device=rows.device)[:, None]
 
     def attend(at: Int[Tensor, "heads rows"]) -> Tensor:
-        queries = view.queries[head, at]
+        queries = view.model_queries[head, at].float()
         where = (at + view.query_start, view.keys, view.attention, view.key_start)
         return attention_rows(queries, *where)
 

@@ -120,12 +120,17 @@ class RotaryChannels:
         self, x: Float[Tensor, "*batch tokens dim"], start: int
     ) -> Float[Tensor, "*batch tokens dim"]:
         """`unrotate` for consecutive positions from `start` on; a GPU need not be waited for."""
-        place = start, x.shape[-2]
+        cos, sin = self.table_from(start, x.shape[-2])
+        return self._turn(x, cos, -sin)
+
+    def table_from(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """`table` for consecutive positions, without a word from a GPU: (count, pairs) each."""
+        place = start, count
         known, tables = self._latest.get("consecutive", (None, None))
         if known != place:
-            tables = self._angles(torch.arange(start, sum(place), device=x.device))
+            tables = self._angles(torch.arange(start, start + count, device=self.theta.device))
             self._latest["consecutive"] = place, tables
-        return self._turn(x, tables[0], -tables[1])
+        return tables
 
     def _angles(self, positions: Int[Tensor, "*batch tokens"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine of `p * theta`."""

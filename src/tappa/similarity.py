@@ -164,21 +164,24 @@ class SelfSimilarity:
     def add_sums(
         self,
         sums: VectorSums,
-        pre: Float[Tensor, "heads tokens dim"],
-        post: Float[Tensor, "heads tokens dim"],
+        pre: Float[Tensor, "heads ends dim"],
+        post: Float[Tensor, "heads ends dim"],
+        steps: int,
     ) -> None:
-        """`add`, where the sums over these steps are known: the vectors serve for the ends only."""
-        steps = post.shape[-2]
+        """`add`, where the sums over these steps are known: of the vectors, `ends` are enough."""
         spaces: tuple[tuple[Space, Tensor, Tensor, Tensor], ...] = (
             ("pre", pre, sums.pre, sums.adjacent_pre),
             ("post", post, sums.post, sums.adjacent_post),
         )
         for space, x, total, adjacent in spaces:
-            if steps > self.window:
-                x = torch.cat([x[..., :1, :], x[..., -self.window :, :]], dim=-2)
-            unit = normalize(x.float(), dim=-1)
+            unit = normalize(x, dim=-1)
             stream = self._streams[space]
             stream.add_sums(total, sums.squares, adjacent, unit, self.window, steps)
+
+    def ends(self, steps: int, device: torch.device) -> Int64[Tensor, " ends"]:
+        """Which of so many steps `add_sums` looks at: the first and the last ones."""
+        every = torch.arange(steps, device=device)
+        return every if steps <= self.window else torch.cat([every[:1], every[-self.window :]])
 
     def sums(self) -> dict[Variant, tuple[Tensor, int]]:
         """For each variant (sum of cosines per head, number of pairs) of the steps so far."""
@@ -189,18 +192,21 @@ class SelfSimilarity:
         }
 
 
-def autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Tensor, "heads lags"]:
-    """Mean cosine of steps L apart, `C(L) = mean_t x_t . x_(t+L) / (|x_t| |x_(t+L)|)`, L < lags.
+def autocorrelation(
+    unit: Float[Tensor, "heads tokens dim"], lags: int
+) -> Float[Tensor, "heads lags"]:
+    """Mean cosine of steps L apart, `C(L) = mean_t u_t . u_(t+L)`, L < lags, from unit vectors.
 
     By FFT along the tokens: O(T log T d) time; on a GPU from the band of products, O(T lags d).
     NaN where no two steps are L apart.
     Source: the L-periodicity of queries and keys in Theorem 5.4.
     """
-    unit = normalize(x, dim=-1)
-    counts = lag_counts(x.shape[-2], x.shape[-2], lags).to(x.dtype)
-    counts = counts.to(x.device, non_blocking=True)
+    steps = unit.shape[-2]
+    counts = lag_counts(steps, steps, lags).float().to(unit.device, non_blocking=True)
     sums = kernels.autocorrelation_sums(unit, lags)
-    return (lag_sums(unit, unit, lags) if sums is None else sums) / counts
+    if sums is None:  # few heads at a time: the FFT keeps (2 steps, dim) numbers for each
+        sums = torch.cat([lag_sums(part, part, lags) for part in unit.float().split(4)])
+    return sums / counts
 
 
 def lag_sums(

@@ -4,7 +4,6 @@ A `Layer` holds post-RoPE queries and keys of one prompt and the same vectors be
 `q_t = R_t^-1 q~_t`. Bounds are checked on sampled pairs (t, i): H heads, R rows, I keys for each.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +29,15 @@ BOUNDS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """Queries and keys of one layer; row r is position `query_start + r`, key i `key_start + i`."""
+    """Queries and keys of one layer; row r is position `query_start + r`, key i `key_start + i`.
+
+    Without vectors before RoPE, those that are sampled are turned back.
+    """
 
     queries: Float[Tensor, "heads steps dim"]  # post-RoPE
-    queries_before: Float[Tensor, "heads steps dim"]
+    queries_before: Float[Tensor, "heads steps dim"] | None
     keys: Float[Tensor, "kv_heads past dim"]  # post-RoPE
-    keys_before: Float[Tensor, "kv_heads past dim"]
+    keys_before: Float[Tensor, "kv_heads past dim"] | None
     rotary: RotaryChannels
     scale: float
     query_start: int = 0
@@ -68,11 +70,26 @@ class Points:
     def of(
         cls, layer: Layer, rows: Int[Tensor, "heads rows"], keys: Int[Tensor, "heads rows keys"]
     ) -> "Points":
-        """Take the vectors of these queries and keys out of a layer."""
-        head = torch.arange(len(rows), device=layer.queries.device)
-        kv = (head // (len(rows) // len(layer.keys)))[:, None, None]
-        query = layer.queries[head[:, None], rows], layer.queries_before[head[:, None], rows]
-        return cls(*query, layer.keys[kv, keys], layer.keys_before[kv, keys], layer.scale)
+        """Take the vectors of these queries and keys out of a layer, all of its heads in turn.
+
+        The heads may come several times, one set after the other.
+        """
+        heads = len(layer.queries)
+        head = torch.arange(len(rows), device=layer.queries.device) % heads
+        kv = (head // (heads // len(layer.keys)))[:, None, None]
+        at = (head[:, None], rows), (kv, keys)
+        query, key = layer.queries[at[0]].float(), layer.keys[at[1]].float()
+        if layer.queries_before is None or layer.keys_before is None:
+            query_before = layer.rotary.rotate(query, -(rows + layer.query_start))
+            key_before = layer.rotary.rotate(key, -(keys + layer.key_start))
+        else:
+            query_before, key_before = layer.queries_before[at[0]], layer.keys_before[at[1]]
+        return cls(query, query_before, key, key_before, layer.scale)
+
+    def first(self, heads: int) -> "Points":
+        """Those of the first heads."""
+        query, before = self.query[:heads], self.query_before[:heads]
+        return Points(query, before, self.key[:heads], self.key_before[:heads], self.scale)
 
     def logits(self) -> Float[Tensor, "heads rows keys"]:
         return self.scale * dot(self.query, self.key)
@@ -130,6 +147,11 @@ class BoundCheck:
             violations=violated.sum((1, 2)),
             tightness=counts,
         )
+
+    def split(self, heads: int) -> "list[BoundCheck]":
+        """The checks of so many heads each."""
+        parts = (x.split(heads) for x in (self.checked, self.violations, self.tightness))
+        return [BoundCheck(*part) for part in zip(*parts, strict=True)]
 
 
 def median_tightness(histogram: Real[Tensor, " bins"]) -> float:
@@ -200,39 +222,56 @@ def check_bounds(
     channel: Int[Tensor, " heads"],
     rows: int,
     keys: int,
-) -> Iterator[tuple[str, BoundCheck]]:
+) -> dict[str, BoundCheck]:
     """Check every bound on `rows` queries of every head and `keys` keys of each.
 
     `season` is the lag L of Theorem 5.4 for each head (0: none fits the prompt), `channel` the
-    dominant channel of Theorem 5.3. Bounds that cannot be tried are left out. With `season` on the
-    CPU, a GPU need not be waited for.
+    dominant channel of Theorem 5.3. Bounds that cannot be tried are left out; where a head has
+    fewer rows, some are taken twice. With `season` on the CPU, a GPU need not be waited for. All
+    bounds are worked out together: on a GPU, each operation takes as long for one as for all.
     """
-    steps, device = layer.queries.shape[1], layer.queries.device
-    one = torch.ones_like(season)
+    steps, heads = layer.queries.shape[1], len(layer.queries)
     shifts = {
-        "vertical": (one, 0 * one),
+        name: (u, v)
+        for name, (u, v) in _shifts(season).items()
+        if steps > int(torch.maximum(u, v).max())
+        and not (name.startswith("seasonal") and int(season.min()) == 0)
+    }
+    if not shifts:
+        return {}
+    u, v = (torch.cat(part) for part in zip(*shifts.values(), strict=True))
+    share = torch.linspace(0, 1, rows)
+    at = ((steps - u - 1)[:, None] * share).round().long()
+    at, u, v = (x.to(layer.queries.device, non_blocking=True) for x in (at, u, v))
+    key_at = layer.sample_keys(at, keys, v)
+    now = Points.of(layer, at, key_at)
+    then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])
+    slack = now.slack() + then.slack()
+    lower, upper = shift_bound(layer.rotary, now, then, v - u)
+    names, parts = [*shifts], [(lower, upper, slack)]
+    if "vertical" in shifts:
+        here = now.first(heads)
+        change, least = jump_bound(
+            layer.rotary, here, then.first(heads), at[:heads] + layer.query_start
+        )
+        names, parts = [*names, "jump"], [*parts, (least, change, slack[:heads])]
+        if len(layer.rotary.theta):
+            unexplained = residual_bound(layer.rotary, here, channel)
+            names, parts = [*names, "residual"], [*parts, (*unexplained, slack[:heads])]
+    every = BoundCheck.of(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return dict(zip(names, every.split(heads), strict=True))
+
+
+def _shifts(season: Int[Tensor, " heads"]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(u, v) of every special case of the shift bound; "vertical" first."""
+    one, none = torch.ones_like(season), torch.zeros_like(season)
+    return {
+        "vertical": (one, none),
         "sequential": (one, one),
         "seasonal": (season, season),
-        "seasonal_rows": (season, 0 * one),
-        "seasonal_columns": (0 * one, season),
+        "seasonal_rows": (season, none),
+        "seasonal_columns": (none, season),
     }
-    for name, (u, v) in shifts.items():
-        longest = int(torch.maximum(u, v).max())
-        if steps <= longest or (name.startswith("seasonal") and int(season.min()) == 0):
-            continue
-        at = spread_rows(steps - u, rows).to(device, non_blocking=True)
-        u, v = (shift.to(device, non_blocking=True) for shift in (u, v))
-        key_at = layer.sample_keys(at, keys, v)
-        now = Points.of(layer, at, key_at)
-        then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])
-        slack = now.slack() + then.slack()
-        yield name, BoundCheck.of(*shift_bound(layer.rotary, now, then, v - u), slack)
-        if name == "vertical":
-            actual, bound = jump_bound(layer.rotary, now, then, at + layer.query_start)
-            yield "jump", BoundCheck.of(bound, actual, slack)
-            if len(layer.rotary.theta):
-                actual, bound = residual_bound(layer.rotary, now, channel)
-                yield "residual", BoundCheck.of(actual, bound, slack)
 
 
 def spread_rows(steps: Int[Tensor, " heads"], count: int) -> Int[Tensor, "heads rows"]:

@@ -77,6 +77,8 @@ def test_all_figures_of_a_layer_are_the_same(
         return {n: torch.as_tensor(x) for n, x in layer.statistics().sums.items()}
 
     with_kernels = figures()
-    assert set(on_kernels) == {"attention profile", "similarity", "autocorrelation"}
+    assert set(on_kernels) == {
+        *("attention profile", "similarity", "autocorrelation", "unit vectors", "query sums"),
+    }
     monkeypatch.setattr(launching, "runs_on", lambda x: False)
     check_sums(with_kernels, figures())

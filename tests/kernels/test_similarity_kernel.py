@@ -50,7 +50,7 @@ def test_against_the_sums_of_vectors(
     assert sums is not None
     expected, channels = meters(pre, post, rotary)
     similarity, found = SelfSimilarity(window=5), ChannelSums(rotary)
-    similarity.add_sums(sums[0], pre, post)
+    similarity.add_sums(sums[0], pre, post, tokens)
     found.add_sums(*sums, tokens)
     check_sums(found.statistics(), channels.statistics())
     actual = similarity.sums()
@@ -77,7 +77,7 @@ def test_chunks_meet_at_their_borders(on_kernels: list[str]) -> None:
     for start, end in ((0, 3), (3, 4), (4, 20), (20, 29)):
         sums = kernels.vector_sums(post[:, start:end], post[:1, start:end], rotary, start)
         assert sums is not None
-        pieces.add_sums(sums[0], pre[:, start:end], post[:, start:end])
+        pieces.add_sums(sums[0], pre[:, start:end], post[:, start:end], end - start)
     assert on_kernels == ["similarity"] * 4
     for variant, (cosines, count) in whole.sums().items():
         assert pieces.sums()[variant][1] == count
@@ -98,6 +98,7 @@ def test_channels_that_are_not_all_dimensions_are_left_to_torch(on_kernels: list
 
 def test_autocorrelation_and_season(on_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x = vectors(67, 8) + 2 * torch.arange(67)[:, None].mul(2 * torch.pi / 11).cos()
+    x = torch.nn.functional.normalize(x, dim=-1)
     curve, season = autocorrelation(x, 23), best_season(x, x[:1], 23)
     assert set(on_kernels) == {"autocorrelation"}
     monkeypatch.setattr(launching, "runs_on", lambda x: False)

@@ -114,8 +114,7 @@ def test_expected_curves_are_the_figures_of_the_analysis() -> None:
     view = seen_layer(64)
     heads = len(view.queries)
     rows = spread_rows(torch.full((heads,), 64 - 4), ROWS)
-    queries = view.unrotate(view.queries, 0)
-    sums = expected_persistence(view, queries, rows, torch.full((heads,), 4)) / ROWS
+    sums = expected_persistence(view, rows, torch.full((heads,), 4)) / ROWS
     curves = persistence_curves(view, [1, 4]).double() / 255
     for curve, number, column in ((2, 0, 0), (3, 0, 1), (3, 1, 2), (2, 1, 3)):
         assert torch.allclose(curves[curve, :, number], sums[:, column].double(), atol=0.51 / 255)

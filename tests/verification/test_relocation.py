@@ -65,7 +65,7 @@ def test_a_swap_swaps_pairs_of_dimensions_and_is_undone(kind: str) -> None:
     shared = must_swap_all(model, 1, plain.rotary.dim)
     assert shared == (kind in ("qwen3", "gemma3"))
     groups = [0, 1, 2] if shared else [1]
-    queries, keys = plain.unrotate(plain.queries, 0), plain.unrotate(plain.keys, 0)
+    queries, keys = plain.queries_before, plain.keys_before
     with channels_swapped(model, 1, groups, plain.rotary, 0, 3):
         moved = view_of(model, IDS, 1)
     assert same(model, before)
@@ -75,11 +75,11 @@ def test_a_swap_swaps_pairs_of_dimensions_and_is_undone(kind: str) -> None:
     heads = [2 * g + i for g in groups for i in range(2)]
     for head in range(6):
         expected = queries[head][:, order] if head in heads else queries[head]
-        actual = moved.unrotate(moved.queries, 0)[head]
+        actual = moved.queries_before[head]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
     for group in range(3):
         expected = keys[group][:, order] if group in groups else keys[group]
-        actual = moved.unrotate(moved.keys, 0)[group]
+        actual = moved.keys_before[group]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -52,7 +52,7 @@ def test_figures_are_those_of_naive_loops(kind: str) -> None:
         found = resonance_of(view, [3, lag], rows)
         head = 3
         q, k = view.queries[head].double(), view.keys[head // 2].double()
-        plain_q, plain_k = view.unrotate(view.queries, 0)[head], view.unrotate(view.keys, 0)
+        plain_q, plain_k = view.queries_before[head], view.keys_before
         energy = view.rotary.norms(plain_q[-rows:]).mean(0)
         energy = energy * view.rotary.norms(plain_k[head // 2, SINK_TOKENS:]).mean(0)
         changes = [

@@ -57,16 +57,17 @@ def ranks_shared(
     """`pooled_ranks` of any number of layers at once, given the head and layer of each token.
 
     Without `layer` all heads are of one. Heads are numbered through all layers, each of which has
-    `kv_heads`.
+    `kv_heads`; tokens of a head, and heads of a layer, come one after the other.
     """
     keys = _keys(scores, protected, present)
     if floor == 0:
         return _ranks(keys, layer)[0]
     own, shared = _ranks(keys, head, layer)
-    always = (protected & present).double()
-    place = (own - _sum_of_group(always, head) + 1) * kv_heads / floor
+    always = protected & present
+    place = (own - _count_in_group(always, head) + 1).double() * kv_heads / floor
     if floor < 1:
-        place = torch.minimum(place, (shared - _sum_of_group(always, layer) + 1) / (1 - floor))
+        elsewhere = (shared - _count_in_group(always, layer) + 1) / (1 - floor)
+        place = torch.minimum(place, elsewhere)
     return _ranks(_keys(-place, protected, present), layer)[0]
 
 
@@ -100,9 +101,12 @@ def _ranks(keys: Flat, *groupings: Group | None) -> list[Group]:
     return out
 
 
-def _sum_of_group(figure: Flat, group: Group | None) -> Tensor:
-    """For each token the sum over its group."""
+def _count_in_group(true: FlatMask, group: Group | None) -> Int[Tensor, "*tokens"]:
+    """For each token how many are true in its group, whose tokens come one after the other."""
     if group is None:
-        return figure.sum()
-    at = group.long()
-    return torch.zeros_like(figure).scatter_add_(0, at, figure)[at]
+        return true.sum()
+    # not by adding into a place for each group: on a GPU, all would wait for the same few places
+    before = torch.nn.functional.pad(true.cumsum(0), (1, 0))
+    group = group.contiguous()
+    first, end = (torch.searchsorted(group, group, right=right) for right in (False, True))
+    return before[end] - before[first]

@@ -78,6 +78,45 @@ def vector_sums(
     return _attempt("similarity", run, queries, keys)
 
 
+def unit_vectors(vectors: Tensor, rotary: RotaryChannels, start: int) -> Tensor | None:
+    """Unit vectors before RoPE (float16), from those after it at positions from `start` on."""
+    slices = rotary.slices
+    if slices is None:
+        return None
+
+    def run() -> Tensor:
+        from tappa.kernels.before_rope import Layout
+        from tappa.kernels.before_rope import unit_vectors as compute
+
+        x = _rows_whole(vectors)
+        table = rotary.table_from(start, x.shape[1])
+        return compute(x, table, Layout.of(*slices, len(rotary.theta)))
+
+    return _attempt("unit vectors", run, vectors)
+
+
+def query_sums(
+    queries: Tensor, rotary: RotaryChannels, start: int, shifts: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `QueryModel` needs of queries after RoPE at positions from `start` on.
+
+    `shifts` (shifts, heads) are numbers of steps; `before_rope.query_sums` says what comes out.
+    """
+    slices = rotary.slices
+    if slices is None:
+        return None
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        from tappa.kernels.before_rope import Layout
+        from tappa.kernels.before_rope import query_sums as compute
+
+        x = _rows_whole(queries)
+        table = rotary.table_from(start, x.shape[1])
+        return compute(x, table, Layout.of(*slices, len(rotary.theta)), rotary.theta, shifts)
+
+    return _attempt("query sums", run, queries)
+
+
 def _attempt(kernel: str, run: Callable[[], Result], *vectors: Tensor) -> Result | None:
     """What `run` returns, or None where the kernel cannot serve or fails."""
     return choose(kernel, vectors[0], run, lambda: None) if _taken(*vectors) else None

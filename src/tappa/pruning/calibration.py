@@ -239,8 +239,7 @@ class _Sums:
         """One window: one forward pass."""
 
         def consume(view: LayerView) -> None:
-            queries = view.unrotate(view.queries, view.query_start)
-            self.similarity[view.layer] += self_similarity(queries).cpu()
+            self.similarity[view.layer] += self_similarity(view.queries_before).cpu()
 
         with _watching(self.model, self.cosines, self.output):
             prefill(self.model, torch.tensor([list(ids)]), consume, logits_to_keep=1)

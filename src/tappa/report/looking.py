@@ -130,9 +130,7 @@ def persistence_curves(view: LayerView, shifts: Sequence[int]) -> Shaped[Tensor,
         where = (at + view.query_start, view.keys, view.attention, view.key_start)
         return attention_rows(view.queries[head, at], *where)
 
-    every = [torch.full((heads,), u, device=device) for u in shifts]
-    queries = view.unrotate(view.queries, view.query_start)
-    expected = expected_rows(view, queries, rows, every)
+    expected = expected_rows(view, rows, [torch.full((heads,), u) for u in shifts])
     real, made = observed(0), next(expected)
     found = []
     for u, made_later in zip(shifts, expected, strict=True):

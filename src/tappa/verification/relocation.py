@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tappa.analysis import Analysis
 from tappa.attention_profile import SINK_TOKENS, attention_profile
 from tappa.capture import LayerView, prefill
-from tappa.channels import dominant_channel
+from tappa.channels import ChannelSums
 from tappa.errors import VerificationError
 from tappa.rope import period
 from tappa.verification.periods import spacing
@@ -137,7 +137,9 @@ def dominant_of(view: LayerView, head: int) -> int:
         raise VerificationError(f"expected a head from 0 to {len(view.queries) - 1}, got {head}")
     if len(view.rotary.theta) == 0:
         raise VerificationError(f"no channel of layer {view.layer} is rotated")
-    return int(dominant_channel(view.rotary, view.queries, view.keys)[head])
+    sums = ChannelSums(view.rotary)
+    sums.add(view.queries, view.keys)
+    return int(sums.dominant()[head])
 
 
 def _relocate_to(

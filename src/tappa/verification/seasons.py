@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.attention_profile import SINK_TOKENS
@@ -117,10 +118,7 @@ def resonance_of(view: LayerView, lags: Sequence[int], rows: int = ROWS) -> dict
     """The figures of `Resonance` for the heads of one layer: each (heads, lags)."""
     heads, steps, dim = view.queries.shape
     group = heads // len(view.keys)
-    plain_q, plain_k = (
-        view.unrotate(x, start)
-        for x, start in ((view.queries, view.query_start), (view.keys, view.key_start))
-    )
+    plain_q, plain_k = view.queries_before, view.keys_before
     at = torch.arange(max(steps - rows, SINK_TOKENS), steps, device=view.queries.device)
     grouped = view.queries[:, at].view(len(view.keys), group, len(at), dim)
     keys = view.keys[:, None].mT.expand(-1, group, -1, -1)
@@ -133,7 +131,7 @@ def resonance_of(view: LayerView, lags: Sequence[int], rows: int = ROWS) -> dict
     dominant = shares[:, :rotated].argmax(1, keepdim=True)
     found: dict[str, list[Tensor]] = {name: [] for name in ("change", "all_channels", "dominant")}
     found["repeats"] = []
-    season = best_season(plain_q, plain_k, steps)
+    season = best_season(normalize(plain_q, dim=-1), normalize(plain_k, dim=-1), steps)
     columns = torch.arange(steps, device=at.device)
     for lag in lags:
         pairs = (columns[SINK_TOKENS + lag :] <= at[:, None]) & view.attention.visible(
