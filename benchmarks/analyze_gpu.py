@@ -12,17 +12,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tappa import layer_statistics
-from tappa.capture import LayerView, prefill
-from tappa.layer_statistics import PromptLayer, Settings
+from tappa.capture import prefill
+from tappa.layer_statistics import PromptLayer, PromptReading, Settings
 
 Say = Callable[..., None]
 PARTS = {
-    "before RoPE": (LayerView, "unrotate"),
+    "unit vectors": (layer_statistics, "_unit_vectors"),
     "season": (layer_statistics, "best_season"),
     "profile": (PromptLayer, "_add_profile"),
     "similarity and channels": (PromptLayer, "_add_vectors"),
     "bounds": (layer_statistics, "check_bounds"),
-    "dominant channel": (layer_statistics, "dominant_channel"),
     "expected persistence": (layer_statistics, "expected_persistence"),
     "observed seasons": (layer_statistics, "observed_seasons"),
     "all of a layer": (PromptLayer, "add"),
@@ -68,15 +67,9 @@ def plain(ids: torch.Tensor) -> None:
 
 def analyze(ids: torch.Tensor) -> None:
     """What tappa.analyze does with one prompt, without a tokenizer."""
-    layers: dict[int, PromptLayer] = {}
-    settings = Settings()
-
-    def consume(view: LayerView) -> None:
-        layers.setdefault(view.layer, PromptLayer(settings)).add(view)
-
-    prefill(model(), ids, consume, logits_to_keep=1)
-    for layer in layers.values():
-        layer.statistics()
+    reading = PromptReading(Settings(), ids.shape[1])
+    prefill(model(), ids, reading.add, logits_to_keep=1)
+    reading.statistics()
 
 
 def seconds(run: Callable[[torch.Tensor], None], ids: torch.Tensor) -> float:
@@ -147,8 +140,6 @@ def parts(ids: torch.Tensor) -> dict[str, float]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             result = run(*args, **kwargs)
-            if name == "bounds":
-                result = list(result)
             end.record()
             events[name].append((start, end))
             return result

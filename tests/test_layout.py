@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "files",
     "interrupts",
+    "fetching",
     "texts",
     "checkpoint",
     "models",

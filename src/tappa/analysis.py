@@ -17,7 +17,7 @@ from tappa.checkpoint import first_line
 from tappa.errors import AnalysisFileError, TextError
 from tappa.figures import head_figures
 from tappa.files import write_atomic
-from tappa.layer_statistics import LayerStatistics, PromptLayer, Settings
+from tappa.layer_statistics import LayerStatistics, PromptReading, Settings
 from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
 from tappa.tensor_parallel import HeadShards
@@ -200,17 +200,14 @@ def analyze_prompts(
     shards, described = HeadShards.of(model), describe(model)
     merged: Analysis | None = None
     for ids in prompts:
-        layers: dict[int, PromptLayer] = {}
+        reading = PromptReading(settings, len(ids))
 
-        def consume(view: LayerView, layers: dict[int, PromptLayer] = layers) -> None:
-            layers.setdefault(view.layer, PromptLayer(settings)).add(view)
+        def consume(view: LayerView, reading: PromptReading = reading) -> None:
+            reading.add(view)
             step()
 
         prefill(model, torch.tensor([ids]), consume, chunk=chunk, logits_to_keep=1)
-        statistics = [
-            layers[index].statistics().of_all_ranks(shards, described["heads"])
-            for index in sorted(layers)
-        ]
+        statistics = [one.of_all_ranks(shards, described["heads"]) for one in reading.statistics()]
         prompt = Analysis(described, [len(ids)], statistics, settings)
         merged = prompt if merged is None else merged.merge(prompt)
     assert merged is not None  # encode_texts refuses to return nothing

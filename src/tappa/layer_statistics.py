@@ -1,5 +1,6 @@
 """Every figure of one layer as sums that add up over chunks, prompts and workers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from tappa.attention_profile import ADDITIVE, AttentionProfile, attention_profil
 from tappa.capture import LayerView
 from tappa.channels import ChannelSums, best_season
 from tappa.errors import CaptureError, NonFiniteError
+from tappa.fetching import Fetched
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
 from tappa.tensor_parallel import HeadShards
@@ -154,6 +156,10 @@ class PromptLayer:
 
     def statistics(self) -> LayerStatistics:
         """The sums of this prompt, ready to be added to those of others."""
+        return self.fetch()()
+
+    def fetch(self) -> Callable[[], LayerStatistics]:
+        """Have the statistics sent from where they are; the function returned waits for them."""
         assert self.channels is not None
         assert self.profile is not None
         assert self.season is not None
@@ -165,7 +171,33 @@ class PromptLayer:
         votes = torch.zeros(len(self.season), self.settings.lags, dtype=torch.int64)
         votes[torch.arange(len(self.season)), self.season] = self.profile.rows
         sums["season_votes"] = votes
-        return LayerStatistics(self.layer, self.rotary.theta.tolist(), self.scale, _arrays(sums))
+        arrays, layer, theta, scale = _fetch(sums), self.layer, self.rotary.theta, self.scale
+        return lambda: LayerStatistics(layer, theta.tolist(), scale, arrays())
+
+
+@dataclass
+class PromptReading:
+    """All layers on one prompt of so many tokens: `add` their chunks, then take `statistics`.
+
+    A layer that has seen the whole prompt sends its statistics while a GPU works on the next one.
+    """
+
+    settings: Settings
+    tokens: int
+    _layers: dict[int, PromptLayer] = field(default_factory=dict)
+    _sent: dict[int, Callable[[], LayerStatistics]] = field(default_factory=dict)
+
+    def add(self, view: LayerView) -> None:
+        """Take in the next chunk of a layer."""
+        layer = self._layers.setdefault(view.layer, PromptLayer(self.settings))
+        layer.add(view)
+        if view.query_start + view.model_queries.shape[1] == self.tokens:
+            self._sent[view.layer] = self._layers.pop(view.layer).fetch()
+
+    def statistics(self) -> list[LayerStatistics]:
+        """Of every layer, in order."""
+        assert not self._layers
+        return [self._sent[index]() for index in sorted(self._sent)]
 
 
 def _unit_vectors(view: LayerView) -> tuple[Tensor, Tensor]:
@@ -180,16 +212,24 @@ def _unit_vectors(view: LayerView) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
-def _arrays(sums: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """All of them on the CPU, after a single wait for a GPU."""
-    flat = {name: x.contiguous().view(-1).view(torch.uint8) for name, x in sums.items()}
-    device = next((x.device for x in flat.values() if x.is_cuda), torch.device("cpu"))
-    joined = torch.cat([x.to(device, non_blocking=True) for x in flat.values()]).cpu()
-    parts = joined.split([len(x) for x in flat.values()])
-    return {
-        name: part.clone().view(sums[name].dtype).view(sums[name].shape).numpy()
-        for name, part in zip(sums, parts, strict=True)
-    }
+def _fetch(sums: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
+    """Send all that is on a GPU in one piece; the function returned waits for it."""
+    there = {n: x.contiguous().view(-1).view(torch.uint8) for n, x in sums.items() if x.is_cuda}
+    if not there:
+        return lambda: {name: x.numpy() for name, x in sums.items()}
+    sent = Fetched(torch.cat([*there.values()]))
+
+    def arrays() -> dict[str, np.ndarray]:
+        parts = sent.get().split([len(x) for x in there.values()])
+        bytes_of = dict(zip(there, parts, strict=True))
+        return {
+            name: bytes_of[name].clone().view(x.dtype).view(x.shape).numpy()
+            if name in there
+            else x.numpy()
+            for name, x in sums.items()
+        }
+
+    return arrays
 
 
 def _checked(view: LayerView, season: Tensor) -> Tensor:

@@ -210,9 +210,9 @@ def residual_bound(
     head = torch.arange(len(channel), device=channel.device)
     query, key = rotary.pairs(points.query), rotary.pairs(points.key)
     dominant = query[head, :, channel][..., None].conj() * key[head, :, :, channel]
-    others = torch.ones(len(channel), 1, rotary.channels, device=channel.device)
-    others[head, 0, channel] = 0
-    bound = dot(rotary.norms(points.query) * others, rotary.norms(points.key))
+    others = torch.ones(len(channel), rotary.channels, device=channel.device)
+    others.scatter_(1, channel[:, None], 0.0)  # a number by index would have a GPU waited for
+    bound = dot(rotary.norms(points.query) * others[:, None], rotary.norms(points.key))
     return (points.logits() - points.scale * dominant.real).abs(), points.scale * bound
 
 

@@ -22,12 +22,12 @@ from transformers.cache_utils import (
 )
 
 from tappa.compression.budgets import Evidence, allocate
-from tappa.compression.fetching import Fetched
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.errors import CompressionError
+from tappa.fetching import Fetched
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from tappa.attention_profile import Attention
-from tappa.compression.fetching import Fetched
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import TokenView
 from tappa.compression.selection import HeadTokens, Ranks, Scores, head_ranks, pooled_ranks
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
+from tappa.fetching import Fetched
 from tappa.interface import Attend
 from tappa.tensor_parallel import HeadShards
 
