@@ -171,8 +171,13 @@ class PromptLayer:
         votes = torch.zeros(len(self.season), self.settings.lags, dtype=torch.int64)
         votes[torch.arange(len(self.season)), self.season] = self.profile.rows
         sums["season_votes"] = votes
-        arrays, layer, theta, scale = _fetch(sums), self.layer, self.rotary.theta, self.scale
-        return lambda: LayerStatistics(layer, theta.tolist(), scale, arrays())
+        sent, layer, scale = _fetch(sums | {"theta": self.rotary.theta}), self.layer, self.scale
+
+        def statistics() -> LayerStatistics:
+            arrays = sent()
+            return LayerStatistics(layer, arrays.pop("theta").tolist(), scale, arrays)
+
+        return statistics
 
 
 @dataclass

@@ -81,9 +81,8 @@ def _sweep(
     for j in tl.range(0, stride, num_stages=STAGES, loop_unroll_factor=UNROLL):
         if STAGES == 1:  # the next step is under way while this one is worked on
             x_now, y_now = x, y
-            x, y = _pairs(
-                base, start + j + 1, tokens, row, FIRST, SECOND, STEP, PAIRS, BLOCK, MASKED
-            )
+            ahead = start + j + 1 if MASKED else tl.minimum(start + j + 1, tokens - 1)
+            x, y = _pairs(base, ahead, tokens, row, FIRST, SECOND, STEP, PAIRS, BLOCK, MASKED)
             x_now, y_now = x_now.to(tl.float32), y_now.to(tl.float32)
         else:
             x, y = _pairs(base, start + j, tokens, row, FIRST, SECOND, STEP, PAIRS, BLOCK, MASKED)
@@ -136,7 +135,8 @@ def _sums_of_steps(
     neighbours as unit vectors, products `conj(u_(t-1)) u_t` (two). `counts` (heads, programs):
     vectors that are not 0.
     """
-    head, program, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    head, programs = tl.program_id(0), tl.num_programs(1)
+    program = programs - 1 - tl.program_id(1)  # the last steps first: masks take longer
     m, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     if head < query_heads:
         base, row = queries + head.to(tl.int64) * query_head, query_row
@@ -145,7 +145,7 @@ def _sums_of_steps(
     cos = tl.load(turn + m, mask=m < PAIRS, other=1.0)[None, :]
     sin = tl.load(turn + PAIRS + m, mask=m < PAIRS, other=0.0)[None, :]
     start = program * ROWS * stride + stride * r
-    if (program + 1) * ROWS * stride < tokens:
+    if (program + 1) * ROWS * stride <= tokens:
         sums, nonzero = _sweep(
             base, start, stride, tokens, row, cos, sin, FIRST, SECOND, STEP, PAIRS, BLOCK, ROWS,
             STAGES, UNROLL, False,
@@ -227,7 +227,7 @@ class Tiles:
     """Stretches of a program, steps of each (at least), warps, and how the loop over steps runs."""
 
     rows: int = 16
-    steps: int = 64
+    steps: int = 256
     warps: int = 4
     stages: int = 1
     unroll: int = 2
