@@ -220,6 +220,31 @@ def test_keep_ranked_is_keep_of_the_lowest_ranks(
         assert torch.equal(mine[present], theirs[present])
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 3), st.lists(st.integers(1, 15), min_size=1, max_size=4), SEEDS)
+def test_one_row_is_cut_again_and_again(kv_heads: int, limits: list[int], seed: int) -> None:
+    """By ranks of all heads together; in between, and in the end, all is in order again."""
+    generator = torch.Generator().manual_seed(seed)
+    held = filled(1, kv_heads, 5)
+    rank = torch.randperm(5 * kv_heads, generator=generator).view(kv_heads, 5)
+    held.set_figure("received", 0, rank / 8)
+    held.set_figure("rank", 0, rank)
+    whole = held.copy()
+    for limit in sorted(limits, reverse=True):
+        mask = rank < limit
+        held.keep_ranked(0, [limit], mask.sum(1).tolist())
+        twin, naive = held.copy(), whole.copy()
+        naive.keep(0, mask)
+        assert held.lengths == naive.lengths
+        assert held.nbytes == naive.nbytes
+        assert torch.equal(twin.figure("received", 0), naive.figure("received", 0))
+        for mine, theirs in zip(twin.padded(), naive.padded(), strict=True):
+            present = naive.padded()[2] >= 0
+            assert torch.equal(mine[present], theirs[present])
+    held.in_order()
+    assert set(held.figures) == {"position", "received"}
+
+
 def test_ranks_are_good_for_a_second_cut() -> None:
     held = filled(1, 2, 5)
     held.set_figure("rank", 0, torch.tensor([[4, 0, 3, 1, 2], [0, 1, 2, 3, 4]]))

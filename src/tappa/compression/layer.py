@@ -211,6 +211,7 @@ class CompressedLayer(CacheLayerMixin):
             if seen.rotary is not None:
                 seen.rotary.forget()
         if self.held is not None:
+            self.held.in_order()
             self.held.figures.pop("rank", None)
 
     def select_rows(self, index: list[int]) -> None:

@@ -13,7 +13,8 @@ class RaggedKV:
     """Tokens of S = rows * kv_heads segments, one after the other, oldest first in each.
 
     There is no padding: a token that is dropped frees its bytes. `figures` holds one number for
-    every token, `position` among them; they are dropped together with the token.
+    every token, `position` among them; they are dropped together with the token. While tokens are
+    cut again and again by ranks that all heads share, they lie in the order of their ranks.
     """
 
     keys: Float[Tensor, "tokens dim"]
@@ -21,6 +22,7 @@ class RaggedKV:
     lengths: list[int]  # tokens of each segment
     kv_heads: int
     figures: dict[str, Shaped[Tensor, " tokens"]]
+    by_rank: bool = False
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class RaggedKV:
         positions: Int[Tensor, " new"],
     ) -> None:
         """Add the same new positions to every segment. Their other figures are 0."""
+        self.in_order()
         fresh = RaggedKV.of(keys, values, positions)
         new = len(positions)
         segments = len(self.lengths)
@@ -118,6 +121,7 @@ class RaggedKV:
 
     def set_figure(self, name: str, row: int, padded: Shaped[Tensor, "kv_heads longest"]) -> None:
         """Write a figure of the tokens of one row, as `figure` returns it."""
+        self.in_order()
         if name not in self.figures:
             self.figures[name] = padded.new_zeros(len(self.keys))
         first, last, lengths = self._row(row)
@@ -128,6 +132,7 @@ class RaggedKV:
 
     def keep(self, row: int, mask: Bool[Tensor, "kv_heads longest"]) -> None:
         """Drop all tokens of a row but these."""
+        self.in_order()
         first, last, lengths = self._row(row)
         held = self._there(lengths, mask.shape[1])
         flat = torch.ones(len(self.keys), dtype=torch.bool, device=mask.device)
@@ -142,6 +147,9 @@ class RaggedKV:
         A single limit is one for all heads together, whose ranks are then in one order. `counts`
         says how many tokens of each head that leaves, so that the CPU need not wait to know.
         """
+        if len(limits) == 1 and self.rows == 1:
+            self._keep_first(limits[0], counts)
+            return
         first, last, lengths = self._row(row)
         rank = self.figures["rank"][first:last]
         if len(set(limits)) == 1:
@@ -157,17 +165,48 @@ class RaggedKV:
         self._take(where_true(kept, total))
         self.lengths[row * self.kv_heads : (row + 1) * self.kv_heads] = counts
 
+    def _keep_first(self, limit: int, counts: list[int]) -> None:
+        """`keep_ranked` of a single row with one limit: a layer is cut as often as others follow.
+
+        With tokens in the order of their ranks, each cut is a copy of the first ones.
+        """
+        if not self.by_rank:
+            rank = self.figures.pop("rank")
+            places = torch.arange(len(rank), device=rank.device)
+            order = torch.empty_like(places).scatter_(0, rank.long(), places)[:limit]
+            self.figures["segment"] = self._segments()
+            self._take(order)
+            self.by_rank = True
+        elif limit < len(self.keys):
+            self.keys, self.values = self.keys[:limit].clone(), self.values[:limit].clone()
+            self.figures = {name: x[:limit].clone() for name, x in self.figures.items()}
+        self.lengths = counts
+
+    def in_order(self) -> None:
+        """Put the tokens back, segment by segment and oldest first. Ranks are gone then."""
+        if self.by_rank:
+            segment, position = self.figures.pop("segment"), self.figures["position"]
+            self._take(torch.argsort(segment.long() * 2**32 + position))
+            self.by_rank = False
+
+    def _segments(self) -> Int[Tensor, " tokens"]:
+        """The segment of each token."""
+        device = self.keys.device
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32, device=device)
+        lengths = torch.tensor(self.lengths, device=device)
+        return numbers.repeat_interleave(lengths, output_size=len(self.keys))
+
     def drop_from(self, position: int) -> None:
         """Drop the tokens at this position and later ones."""
+        self.in_order()
         kept = self.figures["position"] < position
-        segments = torch.arange(len(self.lengths), device=kept.device)
-        lengths = torch.tensor(self.lengths, device=kept.device)
-        segment = segments.repeat_interleave(lengths, output_size=len(self.keys))
-        self.lengths = segment[kept].bincount(minlength=len(self.lengths)).tolist()
+        segment = self._segments()[kept].long()
+        self.lengths = segment.bincount(minlength=len(self.lengths)).tolist()
         self._filter(kept)
 
     def select_rows(self, index: list[int]) -> None:
         """Take these rows of the batch, in this order; a row may come more than once."""
+        self.in_order()
         parts = [range(row * self.kv_heads, (row + 1) * self.kv_heads) for row in index]
         segments = [segment for part in parts for segment in part]
 
@@ -182,7 +221,8 @@ class RaggedKV:
     def copy(self) -> "RaggedKV":
         """An independent copy. The tensors are shared: they are never written in place."""
         figures = {name: x.clone() for name, x in self.figures.items()}
-        return RaggedKV(self.keys, self.values, list(self.lengths), self.kv_heads, figures)
+        lengths = list(self.lengths)
+        return RaggedKV(self.keys, self.values, lengths, self.kv_heads, figures, self.by_rank)
 
     def _filter(self, kept: Tensor) -> None:
         self._take(kept.nonzero()[:, 0])
@@ -205,6 +245,7 @@ class RaggedKV:
 
     def _padding(self, row: int | None) -> Callable[..., Tensor]:
         """A function that brings figures of tokens into the shape (rows, kv_heads, longest)."""
+        self.in_order()
         first, last = (0, len(self.keys)) if row is None else self._row(row)[:2]
         lengths = self.lengths if row is None else self.row_lengths(row)
         shape = (len(lengths) // self.kv_heads, self.kv_heads)
