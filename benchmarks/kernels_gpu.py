@@ -41,10 +41,9 @@ STRETCHES = {
     "16w4 ahead, by twos": Tiles(),
     "16w4 ahead": Tiles(unroll=1),
     "16w4 in 3 stages": Tiles(stages=3, unroll=1),
-    "8w4 ahead, by twos": Tiles(8),
-    "4w1 ahead, by twos": Tiles(4, warps=1),
+    "8w2 ahead, by twos": Tiles(8, warps=2),
     "16w4 ahead, by twos, 128 steps": Tiles(steps=128),
-    "16w4 ahead, by twos, 32 steps": Tiles(steps=32),
+    "16w4 ahead, by twos, 64 steps": Tiles(steps=64),
 }
 FOUND: list[dict[str, Any]] = []
 
