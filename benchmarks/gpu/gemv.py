@@ -26,7 +26,13 @@ LAYER |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 JOINED = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LOGITS = {"logits": (128256, 4096)}
 LAYERS = 32
-SEVERAL = {"cublas", "ours (2, 1024, 4, 1)", "ours (4, 1024, 4, 1)", "ours (4, 1024, 4, 3)"}
+SEVERAL = {
+    "cublas",
+    "ours (1, 2048, 4, 1)",
+    "ours (2, 1024, 4, 1)",
+    "ours (4, 1024, 4, 1)",
+    "ours (4, 1024, 4, 3)",
+}
 
 
 @jit
@@ -60,7 +66,8 @@ def early(outputs: int, inputs: int, warps: int, depends: bool) -> Product:
         more = {"launch_pdl": True} if depends else {}
         _early[(-(-len(w) // outputs),)](
             *(x, w, out, *w.shape),
-            OUTPUTS=outputs, INPUTS=inputs, EARLY=depends, num_warps=warps, **more,
+            OUTPUTS=outputs, INPUTS=inputs if w.shape[1] % inputs == 0 else inputs // 2,
+            EARLY=depends, num_warps=warps, **more,
         )  # fmt: skip
         return out
 
@@ -177,7 +184,7 @@ def designs() -> dict[str, Product]:
     rows = [(1, 2048, 4, 1), (2, 1024, 4, 1), (4, 1024, 4, 1), (2, 2048, 4, 1), (4, 2048, 8, 1)]
     rows += [(8, 512, 4, 1), (1, 4096, 4, 1), (1, 1024, 2, 1), (4, 1024, 4, 3), (8, 1024, 8, 3)]
     rows += [(2, 2048, 4, 3), (4, 512, 4, 5)]
-    ahead = [(2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 8), (4, 1024, 8)]
+    ahead = [(2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 8), (1, 4096, 4), (2, 4096, 8)]
     flat = [(4, 1024, 4, 4, 4), (2, 2048, 4, 4, 3), (8, 1024, 8, 4, 2), (4, 2048, 8, 3, 3)]
     dots = [(16, 512, 4, 3), (16, 256, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5)]
     bulk = [(8, 256, 4, 5), (16, 256, 4, 5), (32, 256, 8, 4)]
