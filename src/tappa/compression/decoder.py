@@ -107,9 +107,10 @@ class Decoder:
                 f"{type(error).__name__}: {told}",
                 stacklevel=2,
             )
+        finally:
             read.fixed.latest.clear()
-        for x, old in zip(changed, before, strict=True):
-            x.copy_(old)
+            for x, old in zip(changed, before, strict=True):
+                x.copy_(old)
 
     def _recorded(
         self, read: FixedReader, changed: list[Tensor], before: list[Tensor]
