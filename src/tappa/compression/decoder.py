@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tappa.compression.fixed import FixedKV
 from tappa.interface import AttentionSwitch
+from tappa.kernels.gemv import FewVectors
 
 # tokens and their position ids -> logits of the next one
 Read = Callable[[Int[Tensor, "rows 1"], Int[Tensor, "rows 1"]], Float[Tensor, "rows vocabulary"]]
@@ -33,12 +34,13 @@ class FixedReader:
         """Logits of the next token."""
         self.switch.on()
         try:
-            output = self.forward(
-                input_ids=tokens,
-                position_ids=position_ids,
-                past_key_values=self.fixed,
-                use_cache=True,
-            )
+            with FewVectors():
+                output = self.forward(
+                    input_ids=tokens,
+                    position_ids=position_ids,
+                    past_key_values=self.fixed,
+                    use_cache=True,
+                )
         finally:
             self.switch.off()
         self.fixed.advance()
