@@ -152,6 +152,31 @@ def test_a_prompt_that_was_read_and_a_stack_of_caches() -> None:
     assert torch.isfinite(model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits).all()
 
 
+def test_a_compiled_step_serves_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length and budget; another batch size is another compilation."""
+    graphs: list[Any] = []
+    counts: list[int] = []
+
+    def backend(module: Any, inputs: list[Any]) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: plain(f, backend=backend, **o))
+    model = endless(num_hidden_layers=3)
+    for name, prompt, budget, new in (("tappa", 97, 23, 41), ("snapkv", 60, 30, 20)):
+        made = []
+        for compiled in (False, True):
+            cache = compressed(model, name, budget, **SMALL)
+            ids = generate(cache, PROMPT[:, :prompt], new, graph=True, compiled=compiled)
+            made.append((ids.tolist(), held(cache)))
+        assert made[0] == made[1]
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] > 0
+    generate(compressed(model, "full"), PROMPT[:, :20].view(2, 10), 5, graph=True, compiled=True)
+    assert len(graphs) > counts[1]
+
+
 def test_stop_and_show_see_all_tokens() -> None:
     model = endless()
     shown: list[Tensor] = []

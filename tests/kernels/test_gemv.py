@@ -115,8 +115,13 @@ def test_a_failure_warns_once_and_goes_on(ran: list[Any], monkeypatch: pytest.Mo
     assert torch.equal(gemv.gemv(x[0], weight, bias), first[0])
 
 
-def test_fixed_steps_of_a_model_use_it(ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fixed_steps_of_a_model_use_it(
+    compiled: bool, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16: every linear layer of every step, and nothing while the prompt is read."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: plain(f, backend="aot_eager", **o))
     monkeypatch.setattr(launching, "FAILED", {"ragged_decode", "window_sums", "unit_query_sums"})
     model: Any = tiny_model("llama")
     model.to(DEVICE, torch.bfloat16)
@@ -124,7 +129,7 @@ def test_fixed_steps_of_a_model_use_it(ran: list[Any], monkeypatch: pytest.Monke
     ids = torch.arange(3, 40, device=DEVICE)[None]
     layers = sum(type(module) is nn.Linear for module in model.modules())
     cache = compressed(model, "tappa", 23, window=7, every=5)
-    found = generate(cache, ids, 6, graph=True)
+    found = generate(cache, ids, 6, graph=True, compiled=compiled)
     assert found.shape == (1, 37 + 6)
     on_graph = 3 if DEVICE == "cuda" else 5  # two steps to warm up and one that is recorded
     assert len(ran) == layers * on_graph

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tappa.compression.fixed import FixedKV
+from tappa.compression.fixed import RUNNING, FixedKV, attend
 from tappa.interface import AttentionSwitch
 from tappa.kernels.gemv import FewVectors
 
@@ -23,7 +23,7 @@ class FixedReader:
     def __init__(
         self, model: PreTrainedModel, fixed: FixedKV, switch: AttentionSwitch, compiled: bool
     ) -> None:
-        self.fixed, self.switch = fixed, switch.renewed(fixed.attend, masks=False)
+        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False, name="fixed")
         self.forward: Callable[..., Any] = model.forward  # without hooks, which look at the CPU
         if compiled:
             self.forward = torch.compile(model.forward, dynamic=False)
@@ -33,6 +33,7 @@ class FixedReader:
     ) -> Float[Tensor, "rows vocabulary"]:
         """Logits of the next token."""
         self.switch.on()
+        RUNNING.append(self.fixed)
         try:
             with FewVectors():
                 output = self.forward(
@@ -42,6 +43,7 @@ class FixedReader:
                     use_cache=True,
                 )
         finally:
+            RUNNING.remove(self.fixed)
             self.switch.off()
         self.fixed.advance()
         return output.logits[:, -1]
@@ -110,7 +112,6 @@ class Decoder:
                 stacklevel=2,
             )
         finally:
-            read.fixed.latest.clear()
             for x, old in zip(changed, before, strict=True):
                 x.copy_(old)
 
