@@ -1,7 +1,7 @@
-"""Draw the cost curves that benchmarks/kernels_gpu.py measured: `cost_curves.py kernels-gpu.json`.
+"""Draw cost curves: `cost_curves.py FILE...`, of benchmarks/kernels_gpu.py and gpu/decode.py.
 
-One PNG beside the file for each axis: time over tokens and over heads, logarithmic, with the order
-fitted to the upper half of the sizes.
+One PNG beside a file for each axis: time over tokens, heads or the budget, logarithmic, with the
+order fitted to the upper half of the sizes.
 """
 
 import argparse
@@ -10,24 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
-EXPECTED = {
+EXPECTED = {  # orders, where theory knows one
     "q-similarity by tokens": 1,
     "profile by tokens": 2,
     "q-similarity by heads": 1,
     "profile by heads": 1,
+    "budget 1024 by tokens seen": 0,
 }
+UNITS = {  # what is timed, by axis
+    "tokens": "one layer",
+    "heads": "one layer",
+    "budget": "one decoding step",
+    "tokens seen": "one decoding step",
+    "KV heads": "the attention of one decoding step",
+}
+
+
+def order(curve: dict[str, float]) -> float:
+    """Slope of log time against log size, of the upper half of the sizes."""
+    points = np.log([(int(size), ms) for size, ms in curve.items()])[len(curve) // 2 :]
+    return float(np.polyfit(*points.T, 1)[0])
 
 
 def draw(axis: str, curves: dict[str, Any], gpu: str, path: Path) -> None:
     figure, plot = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, curve in curves.items():
+        known = f", expected {EXPECTED[name]}" if name in EXPECTED else ""
+        label = f"{name.split(' by ')[0]}: order {order(curve['ms']):.2f}{known}"
         sizes = [int(size) for size in curve["ms"]]
-        slope = curve["slope_of_upper_half"]
-        label = f"{name.split(' by ')[0]}: order {slope:.2f}, expected {EXPECTED[name]}"
         plot.loglog(sizes, list(curve["ms"].values()), "o-", base=2, label=label)
     plot.set_yscale("log")
-    plot.set(xlabel=axis, ylabel="milliseconds for one layer", title=gpu)
+    plot.set(xlabel=axis, ylabel=f"milliseconds for {UNITS[axis]}", title=gpu)
     plot.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -35,13 +50,14 @@ def draw(axis: str, curves: dict[str, Any], gpu: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    file: Path = parser.parse_args().file
-    content = json.loads(file.read_text())
-    gpu = next(f["gpu"] for f in content["figures"] if f["what"] == "machine")
-    for axis in ("tokens", "heads"):
-        chosen = {n: c for n, c in content["curves"].items() if n.endswith(f" by {axis}")}
-        draw(axis, chosen, gpu, file.with_name(f"cost-by-{axis}.png"))
+    parser.add_argument("files", type=Path, nargs="+")
+    for file in parser.parse_args().files:
+        content = json.loads(file.read_text())
+        gpu = next(f["gpu"] for f in content["figures"] if f["what"] == "machine")
+        curves = content["curves"]
+        for axis in dict.fromkeys(name.split(" by ")[1] for name in curves):
+            chosen = {n: c for n, c in curves.items() if n.split(" by ")[1] == axis}
+            draw(axis, chosen, gpu, file.with_name(f"cost-by-{axis.replace(' ', '-')}.png"))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Decoding on a GPU: the time of a step on compressed and full caches, and the largest batch.
 
 Caches are made up: random keys and values, as many as there would be after a prompt of 128k tokens.
+`--curves FILE` writes how a step's time grows, for `runs/cost_curves.py`, and does nothing else.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from llama import gpu, kernels, llama, milliseconds, spread
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -18,11 +20,13 @@ import tappa
 from tappa.attention_profile import Attention
 from tappa.compression import CompressedCache, generate
 from tappa.compression.decoder import Decoder, FixedReader
-from tappa.compression.fixed import FixedKV
+from tappa.compression.fixed import FixedKV, attend
 from tappa.compression.observation import Observation
 from tappa.compression.stepping import FixedSteps
 from tappa.compression.storage import RaggedKV
 from tappa.interface import AttentionSwitch
+from tappa.kernels.launching import FAILED
+from tappa.kernels.ragged_decode import ragged_decode
 
 SEEN, BUDGET, KV_HEADS, DIM = 131072, 1024, 8, 128
 STEPS = 16  # of one measurement
@@ -32,18 +36,17 @@ class SdpaKV(FixedKV):
     """The full cache as PyTorch's own attention wants it: (rows, heads, tokens, dim), no mask."""
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        layer: Any = module.layer_idx
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, attention: Attention
+    ) -> Tensor:
         size = len(self.keys) // self.layer_count
-        place = torch.full((1,), SEEN, device=key.device)  # the same each time
+        place = torch.full((1,), self.seen, device=key.device)  # the same each time
         found = []
         for buffer, new in ((self.keys, key), (self.values, value)):
             own = buffer[layer * size : (layer + 1) * size].view(self.rows, KV_HEADS, -1, DIM)
             own.index_copy_(2, place, new)
-            found.append(own[:, :, : SEEN + 1])
-        out = scaled_dot_product_attention(query, *found, enable_gqa=True, scale=module.scaling)
-        return out.transpose(1, 2), None
+            found.append(own[:, :, : self.seen + 1])
+        out = scaled_dot_product_attention(query, *found, enable_gqa=True, scale=attention.scale)
+        return out.transpose(1, 2)
 
 
 def alike(layers: int, rows: int, tokens: int) -> Tensor:
@@ -60,11 +63,11 @@ def unlike(layers: int, rows: int, tokens: int) -> Tensor:
     return (shares * tokens * layers * KV_HEADS).long().clamp_min(32)
 
 
-def filled(lengths: Tensor, room: int, kind: type[FixedKV] = FixedKV) -> FixedKV:
+def filled(lengths: Tensor, room: int, kind: type[FixedKV] = FixedKV, seen: int = SEEN) -> FixedKV:
     """Random keys and values."""
     like = RaggedKV.of(*torch.zeros(2, 1, KV_HEADS, 1, DIM, dtype=torch.bfloat16, device="cuda"),
                        torch.zeros(1, dtype=torch.int64, device="cuda"))  # fmt: skip
-    fixed = kind(lengths, room, like, SEEN)
+    fixed = kind(lengths, room, like, seen)
     fixed.keys.normal_()
     fixed.values.normal_()
     return fixed
@@ -74,8 +77,8 @@ def ready(model: PreTrainedModel, fixed: FixedKV, compiled: bool, graph: bool = 
     """A function that runs so many steps."""
     rows = fixed.rows
     last = torch.randint(0, 1000, (rows,), device="cuda")
-    decoder = Decoder(last, torch.full_like(last, SEEN), 4096)
-    switch = AttentionSwitch(model, fixed.attend)
+    decoder = Decoder(last, torch.full_like(last, fixed.seen), 4096)
+    switch = AttentionSwitch(model, attend)
     reader = FixedReader(model, fixed, switch, compiled)
     if graph:
         decoder.capture(reader)
@@ -196,7 +199,7 @@ def steps(model: PreTrainedModel, compiled: bool) -> dict[str, Any]:
     }
     for name, (lengths, kind) in kinds.items():
         if compiled and name != "head_wise":
-            continue  # a minute of compilation for each
+            continue
         run = ready(model, filled(lengths, 64, kind), compiled)
         result[name] = step_ms(run)
         print(json.dumps({name: result[name]}), flush=True)
@@ -204,9 +207,51 @@ def steps(model: PreTrainedModel, compiled: bool) -> dict[str, Any]:
             print(name, "of 4 steps", *kernels(lambda run=run: run(4), 20), sep="\n", flush=True)
         del run
         torch.cuda.empty_cache()
-    if not compiled:
-        result["head_wise_with_cuts"] = with_cuts(model, ragged, compiled)
+    FAILED.add("gemv")  # from now on cuBLAS
+    result["head_wise_cublas"] = step_ms(ready(model, filled(ragged, 64), compiled))
+    FAILED.remove("gemv")
+    result["head_wise_with_cuts"] = with_cuts(model, ragged, compiled)
     return result
+
+
+def curves(model: PreTrainedModel) -> dict[str, Any]:
+    """Milliseconds of a step over the budget and over the tokens seen; of attention over heads."""
+    layers, found = model.config.num_hidden_layers, dict[str, dict[int, float]]()
+
+    def one(held: int, seen: int) -> float:
+        torch.cuda.empty_cache()
+        run = ready(model, filled(alike(layers, 1, held), 64, seen=seen), False)
+        return step_ms(run, STEPS, 3)["median"]
+
+    lengths = [2**n for n in range(10, 18)]
+    found["step by budget"] = {n: one(n, SEEN) for n in (256, 512, 1024, 2048, 4096, 8192)}
+    found[f"budget {BUDGET} by tokens seen"] = {n: one(min(n, BUDGET), n) for n in lengths}
+    found["full cache by tokens seen"] = {n: one(n, n) for n in lengths}
+    found["attention by KV heads"] = {n: attention_ms(n, layers) for n in (1, 2, 4, 8, 16, 32, 64)}
+    machine = {"what": "machine"} | gpu()
+    return {"figures": [machine], "curves": {name: {"ms": ms} for name, ms in found.items()}}
+
+
+def attention_ms(kv_heads: int, layers: int, group: int = 4) -> float:
+    """Of all layers' attention on BUDGET tokens of each KV head, as a CUDA graph."""
+    new = {"dtype": torch.bfloat16, "device": "cuda"}
+    query, key = torch.randn(kv_heads, group, DIM, **new), torch.randn(kv_heads, DIM, **new)
+    size = BUDGET + 1
+    keys, values = torch.randn(2, layers, kv_heads * size, DIM, **new)
+    starts = torch.arange(kv_heads, device="cuda") * size
+    lengths = torch.full_like(starts, BUDGET, dtype=torch.int32)
+
+    def run() -> None:
+        for layer in range(layers):
+            held = keys[layer], values[layer]
+            ragged_decode(query, key, key, *held, starts, lengths, BUDGET, DIM**-0.5)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return round(min(milliseconds(graph.replay) for _ in range(9)), 4)
 
 
 def main() -> None:
@@ -214,8 +259,12 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--batch", action="store_true")
+    parser.add_argument("--curves", type=Path)
     asked = parser.parse_args()
     with torch.inference_mode():
+        if asked.curves:
+            asked.curves.write_text(json.dumps(curves(llama()), indent=1))
+            return
         if asked.check:
             check(asked.compiled)
         model = llama()

@@ -242,6 +242,9 @@ def generate(
         Path | None, typer.Option(help="Take budgets from this analysis.json, not the prompt.")
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Drop tokens every so many steps.")] = 16,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: steps by torch.compile. A minute at first.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -270,6 +273,7 @@ def generate(
         *(cache, loaded.tokenizer, text, max_new_tokens),
         chat=chat,
         show=None if as_json else _print_piece,
+        compiled=compiled,
     )
     if as_json:
         print(json.dumps({"method": method, "budget": cache.budget} | asdict(written)))

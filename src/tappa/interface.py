@@ -39,11 +39,16 @@ class AttentionSwitch:
         self.wrapped = ""
         self.before: list[str] = []
 
-    def renewed(self, attend: Attend, masks: bool = True) -> "AttentionSwitch":
-        """One of the same model for another function: it need not look at all modules again."""
+    def renewed(
+        self, attend: Attend, masks: bool = True, name: str | None = None
+    ) -> "AttentionSwitch":
+        """One of the same model for another function: it need not look at all modules again.
+
+        With a `name` all switches of that name must be for the same function.
+        """
         twin = copy.copy(self)
         twin.masks = masks
-        twin.name, twin.attend = f"{PREFIX}_{id(twin):x}", attend
+        twin.name, twin.attend = f"{PREFIX}_{name or format(id(twin), 'x')}", attend
         twin.wrapped, twin.before = "", []
         return twin
 

@@ -1,6 +1,10 @@
 """Writing on in fixed steps: the same tokens, kept and written, as through the cache."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import tappa
 from tappa.compression import CompressedCache, compressed, generate, record, stack_caches
 from tappa.compression.fixed import FixedKV
 from tappa.errors import CompressionError
@@ -150,6 +155,48 @@ def test_a_prompt_that_was_read_and_a_stack_of_caches() -> None:
     assert stacked.tokens_seen == 96 + 21
     assert stacked.tokens_held(row=2) == pytest.approx(caches[2].tokens_held() + 21)
     assert torch.isfinite(model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits).all()
+
+
+COMPILED = """
+import torch
+from tappa.compression import compressed, generate
+from tiny import tiny_model
+
+graphs = []
+plain = torch.compile
+def backend(module, inputs):
+    graphs.append(module)
+    return module.forward
+torch.compile = lambda f, **options: plain(f, backend=backend, **options)
+model = tiny_model("llama")
+model.generation_config.eos_token_id = None
+ids = torch.randint(3, 90, (2, 97), generator=torch.Generator().manual_seed(0))
+for name, rows, prompt, budget, new in (
+    ("tappa", 1, 97, 23, 41), ("snapkv", 1, 60, 30, 20), ("full", 2, 10, None, 5)
+):
+    options = {} if budget is None else {"window": 7, "every": 5}
+    made = []
+    for compiled in (False, True):
+        cache = compressed(model, name, budget, **options)
+        made.append(generate(cache, ids[:rows, :prompt], new, graph=True, compiled=compiled))
+    print(torch.equal(*made), len(graphs))
+"""
+
+
+def test_a_compiled_step_serves_every_prompt() -> None:
+    """Of any length and budget; another batch size is another graph.
+
+    In a process without type checks, which torch.compile would see.
+    """
+    paths = [str(Path(tappa.__file__).parents[1]), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert done.stdout.splitlines() == ["True 1", "True 1", "True 2"]
 
 
 def test_stop_and_show_see_all_tokens() -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tappa.compression import check_method, compressed, parse_budget, write_on
+from tappa.compression import check_method, compressed, parse_budget, takes_over, write_on
 from tappa.errors import CompressionError, TextError
 from tiny import tiny_model, tiny_tokenizer
 
@@ -27,6 +27,34 @@ def test_what_is_written_is_what_generate_writes() -> None:
     assert written.nbytes == written.full_nbytes == token * written.tokens_seen
     assert written.prefill_seconds > 0
     assert written.decode_seconds > 0
+
+
+@pytest.mark.parametrize("new", [1, 2, 37])
+def test_fixed_steps_write_the_same(new: int) -> None:
+    """As on a GPU: a few tokens at a time are shown, up to the one that ends the text."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    found, pieces = [], []
+    for graph in (None, True):
+        shown: list[str] = []
+        cache = compressed(model, "tappa", 23, every=4, **SMALL)
+        found.append(write_on(cache, tokenizer, PROMPT, new, show=shown.append, graph=graph))
+        pieces.append("".join(shown))
+    for name in ("text", "prompt_tokens", "new_tokens", "tokens_seen", "tokens_held", "nbytes"):
+        assert getattr(found[1], name) == getattr(found[0], name)
+    assert pieces[0] == pieces[1] == found[0].text
+    assert found[1].prefill_seconds > 0
+    assert found[1].decode_seconds > 0
+
+
+def test_a_model_that_penalizes_repetition_is_left_to_transformers() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.update(repetition_penalty=1.0, temperature=0.6, top_k=20)
+    assert takes_over(model, graph=True)
+    free = write_on(compressed(model, "full"), tokenizer, PROMPT, 23).text
+    model.generation_config.repetition_penalty = 5.0
+    with pytest.raises(CompressionError, match="config asks for repetition_penalty"):
+        write_on(compressed(model, "full"), tokenizer, PROMPT, 23, graph=True)
+    assert write_on(compressed(model, "full"), tokenizer, PROMPT, 23).text != free
 
 
 def test_memory_of_a_compressed_cache() -> None:

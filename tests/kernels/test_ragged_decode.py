@@ -60,7 +60,9 @@ def test_every_segment_attends_to_its_own_tokens(
 ) -> None:
     given = case(lengths, torch.float32)
     before = {name: given[name].clone() for name in ("keys", "values")}
-    out = attend(**given, softcap=softcap)
+    kept = torch.full_like(given["queries"], torch.nan)
+    out = attend(**given, softcap=softcap, kept=kept)
+    assert torch.equal(kept, given["queries"])
     for segment in range(len(lengths)):
         untouched = given | before
         expected = plain(segment, untouched, softcap).float()

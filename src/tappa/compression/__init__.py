@@ -1,7 +1,7 @@
 """KV cache compression: scorer x budget x cache."""
 
 from tappa.compression.cache import CompressedCache
-from tappa.compression.decoding import generate
+from tappa.compression.decoding import generate, takes_over
 from tappa.compression.generation import (
     CompressedContext,
     Recording,
@@ -38,5 +38,6 @@ __all__ = [
     "record",
     "split_methods",
     "stack_caches",
+    "takes_over",
     "write_on",
 ]

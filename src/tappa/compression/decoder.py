@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tappa.compression.fixed import FixedKV
+from tappa.compression.fixed import RUNNING, FixedKV, attend
 from tappa.interface import AttentionSwitch
+from tappa.kernels.gemv import FewVectors
 
 # tokens and their position ids -> logits of the next one
 Read = Callable[[Int[Tensor, "rows 1"], Int[Tensor, "rows 1"]], Float[Tensor, "rows vocabulary"]]
@@ -22,7 +23,7 @@ class FixedReader:
     def __init__(
         self, model: PreTrainedModel, fixed: FixedKV, switch: AttentionSwitch, compiled: bool
     ) -> None:
-        self.fixed, self.switch = fixed, switch.renewed(fixed.attend, masks=False)
+        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False, name="fixed")
         self.forward: Callable[..., Any] = model.forward  # without hooks, which look at the CPU
         if compiled:
             self.forward = torch.compile(model.forward, dynamic=False)
@@ -32,14 +33,17 @@ class FixedReader:
     ) -> Float[Tensor, "rows vocabulary"]:
         """Logits of the next token."""
         self.switch.on()
+        RUNNING.append(self.fixed)
         try:
-            output = self.forward(
-                input_ids=tokens,
-                position_ids=position_ids,
-                past_key_values=self.fixed,
-                use_cache=True,
-            )
+            with FewVectors():
+                output = self.forward(
+                    input_ids=tokens,
+                    position_ids=position_ids,
+                    past_key_values=self.fixed,
+                    use_cache=True,
+                )
         finally:
+            RUNNING.remove(self.fixed)
             self.switch.off()
         self.fixed.advance()
         return output.logits[:, -1]
@@ -107,9 +111,9 @@ class Decoder:
                 f"{type(error).__name__}: {told}",
                 stacklevel=2,
             )
-            read.fixed.latest.clear()
-        for x, old in zip(changed, before, strict=True):
-            x.copy_(old)
+        finally:
+            for x, old in zip(changed, before, strict=True):
+                x.copy_(old)
 
     def _recorded(
         self, read: FixedReader, changed: list[Tensor], before: list[Tensor]

@@ -5,14 +5,22 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
-from tappa.compression.stepping import FixedSteps, PlainSteps
+from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError
+from tappa.tensor_parallel import HeadShards
 
 Ids = Int[Tensor, "rows tokens"]
+# of a generation config: what does not change which token is the most probable one
+OF_ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
+OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_h"}
+OF_OUTPUT = {"_from_model_config", "transformers_version", "use_cache", "output_attentions"}
+HARMLESS = OF_ENDS | OF_SAMPLING | OF_OUTPUT | {"output_hidden_states", "cache_implementation"}
+NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "num_beams": 1, "num_return_sequences": 1}
 
 
 def generate(
@@ -38,30 +46,24 @@ def generate(
 
     With `graph` True, steps run on buffers of a fixed size, as a CUDA graph where there is a GPU;
     CompressionError tells why where that cannot be. With False they run one by one through the
-    cache. By default a GPU gets the graph where it can. `compiled` has torch.compile fuse the small
-    operations of a step: faster, after a minute or so at the first prompt.
+    cache. By default a GPU gets the graph where it can, and where it pays: from 17 tokens on.
+    `compiled` has torch.compile fuse the small operations of a step: faster, after a minute or so
+    at the first prompt.
     """
-    model = cache.model
-    device = next(model.parameters()).device
+    device = next(cache.model.parameters()).device
     ids = input_ids.to(device)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
     with torch.inference_mode():
         first = _read(cache, ids, mask, temperature)
-        reason = why_not(cache)
-        if graph and reason:
-            raise CompressionError(f"cannot decode in fixed steps: {reason}")
         known = [] if first is None else [first[:, None]]
+        if show and known:
+            show(known[0])
         last, after = (ids[:, -1], mask.sum(1) - 1) if first is None else (first, mask.sum(1))
         new = max_new_tokens - len(known)
         decoder = Decoder(last, after, new, temperature, *_ends(cache))
         if first is None:
             decoder.finished.fill_(False)  # whatever a prompt ends with
-        fixed = graph or (graph is None and device.type == "cuda" and reason is None)
-        steps: FixedSteps | PlainSteps = PlainSteps(cache, decoder, mask)
-        if fixed:
-            steps = FixedSteps(cache, decoder, new, compiled)
-        if show and known:
-            show(known[0])
+        steps = _choose_steps(cache, decoder, mask, new, graph, compiled)
         run = done = 0
         while run < new and not bool(decoder.finished.all()):
             size = min(new - run, steps.room())
@@ -76,9 +78,58 @@ def generate(
         return torch.cat([ids, *known, decoder.written[:, :done]], 1)
 
 
+def takes_over(model: PreTrainedModel, graph: bool | None = None) -> bool:
+    """Whether `generate` is to write greedy text in the place of `model.generate`.
+
+    So it is on a GPU, where it is faster, or if `graph` asks for it. A generation config that wants
+    more than the most probable token (a repetition penalty) is for `model.generate`; with `graph`
+    True it raises CompressionError.
+    """
+    config = model.generation_config
+    asked = {} if config is None else config.to_diff_dict()
+    more = [
+        name
+        for name, value in asked.items()
+        if name not in HARMLESS and value not in (None, False, 0, [], NEUTRAL.get(name))
+    ]
+    if graph and more:
+        raise CompressionError(
+            f"cannot decode in fixed steps: the model's generation config asks for {more[0]}"
+        )
+    by_default = next(model.parameters()).device.type == "cuda" and not more
+    return by_default if graph is None else graph
+
+
+def _choose_steps(
+    cache: CompressedCache,
+    decoder: Decoder,
+    mask: Ids,
+    new: int,
+    graph: bool | None,
+    compiled: bool,
+) -> FixedSteps | PlainSteps:
+    """What `graph` asks for; by default what is faster and fits into memory."""
+    reason = why_not(cache)
+    if graph and reason:
+        raise CompressionError(f"cannot decode in fixed steps: {reason}")
+    pays = graph is None and decoder.tokens.is_cuda and new > PERIOD and reason is None
+    over = new < 1 or bool(decoder.finished.all())
+    if (graph or pays) and not over:
+        try:
+            return FixedSteps(cache, decoder, new, compiled)
+        except torch.OutOfMemoryError:  # its buffers are beside the cache
+            if graph:
+                raise
+    return PlainSteps(cache, decoder, mask)
+
+
 def why_not(cache: CompressedCache) -> str | None:
     """Why a cache that has read something cannot be decoded in fixed steps; None if it can."""
     layers, method = cache.compressed_layers, cache.method
+    if len({weight.device for weight in cache.model.parameters()}) > 1:
+        return "the model lies on several devices"
+    if HeadShards.of(cache.model).ranks > 1:
+        return "heads are split over processes"
     if len(layers) < len(cache.layers):
         return "some layers have a sliding window"
     if any(layer.attention != layers[0].attention for layer in layers):

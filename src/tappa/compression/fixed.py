@@ -55,7 +55,7 @@ class FixedKV(Cache):
         self.starts.copy_(self.starts_for(self.lengths))
         self.now = torch.tensor([seen], dtype=torch.int32, device=device)  # of the next token
         self.longest = int(lengths.max()) + room
-        self.latest: list[Tensor] = []  # queries of this step, by layer
+        self.latest: Float[Tensor, "layers queries dim"] | None = None  # of this step
         self.recent: Float[Tensor, "layers queries window dim"] | None = None  # a ring
 
     @property
@@ -94,6 +94,7 @@ class FixedKV(Cache):
         """Keep the last queries of every layer from now on; these stand before the next token."""
         stacked = torch.stack(list(windows))
         self.recent = stacked.roll(self.seen % stacked.shape[2], 2)  # position p is at p % window
+        self.latest = torch.empty_like(stacked[:, :, 0])
 
     def last_queries(self, layer: int) -> Float[Tensor, "queries window dim"]:
         """The last queries of a layer, oldest first."""
@@ -114,39 +115,68 @@ class FixedKV(Cache):
 
     def attend(
         self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """In place of the model's attention kernel, for one new token of every row."""
-        layer: Any = module.layer_idx
+        layer: int,
+        query: Float[Tensor, "rows heads 1 dim"],
+        key: Float[Tensor, "rows kv_heads 1 dim"],
+        value: Float[Tensor, "rows kv_heads 1 value_dim"],
+        attention: Attention,
+    ) -> Float[Tensor, "rows 1 heads value_dim"]:
+        """Of one new token of every row, which is written too."""
         rows, heads, _, dim = query.shape
-        attention: Attention = attention_of(module, query, kwargs)
         segments = rows * self.kv_heads
+        grouped = segments, heads // self.kv_heads, dim
         done = ragged_decode(
-            query.reshape(segments, heads // self.kv_heads, dim),
+            query.reshape(grouped),
             key.reshape(segments, -1),
             value.reshape(segments, -1),
             *(self.keys, self.values, self.starts[layer], self.lengths[layer], self.longest),
             *(attention.scale, attention.softcap),
+            kept=None if self.latest is None else self.latest[layer].view(grouped),
         )
-        self.latest.append(query.reshape(rows * heads, dim))
-        return done.reshape(rows, 1, heads, -1), None
+        return done.reshape(rows, 1, heads, -1)
 
     def advance(self) -> None:
         """After all layers have run: count the new token, remember its queries."""
         at = (self.starts + self.lengths).flatten()
         self.positions.index_copy_(0, at, self.now.expand(len(at)))
         self.lengths += 1
-        if self.recent is not None:
+        if self.recent is not None and self.latest is not None:
             place = (self.now % self.recent.shape[2]).long()
-            self.recent.index_copy_(2, place, torch.stack(self.latest)[:, :, None])
+            self.recent.index_copy_(2, place, self.latest[:, :, None])
         self.now += 1
-        self.latest.clear()
 
     def state(self) -> list[Tensor]:
         """What a step changes, new tokens apart."""
         return [self.lengths, self.now] + ([] if self.recent is None else [self.recent])
+
+
+RUNNING: list[FixedKV] = []  # those whose step is under way, the innermost last
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In the place of a model's attention kernel, on the FixedKV whose step is under way."""
+    layer: Any = module.layer_idx
+    how: Attention = attention_of(module, query, kwargs)
+    return _attend(query, key, value, layer, how.scale, how.softcap), None
+
+
+# an operator, so that torch.compile sees nothing that differs from prompt to prompt
+@torch.library.custom_op("tappa::attend", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, softcap: float | None
+) -> Tensor:
+    return RUNNING[-1].attend(layer, query, key, value, Attention(scale, softcap=softcap))
+
+
+@_attend.register_fake
+def _shape(
+    query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, softcap: float | None
+) -> Tensor:
+    return query.new_empty(len(query), 1, query.shape[1], value.shape[-1])

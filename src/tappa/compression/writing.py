@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from tappa.compression.cache import CompressedCache
+from tappa.compression.decoding import generate, takes_over
 from tappa.errors import TextError
 from tappa.models import context_length
 
@@ -42,31 +44,35 @@ def write_on(
     *,
     chat: bool = False,
     show: Callable[[str], None] | None = None,
+    graph: bool | None = None,
+    compiled: bool = False,
 ) -> Written:
     """Continue a prompt greedily on a new `cache` of `tappa.compressed`.
 
     With `chat` the prompt is a user's message, put into the tokenizer's chat template. `show` is
-    called with each piece of text as it is written.
+    called with each piece of text as it is written. `graph` and `compiled` are those of
+    `tappa.compression.generate`, which writes on a GPU; elsewhere, and where a model's generation
+    config asks for more than the most probable token, `model.generate` does.
 
         written = write_on(tappa.compressed(model, "tappa", 512), tokenizer, prompt)
 
     Raises TextError for a prompt that is empty, or too long for the model together with what is to
-    be written.
+    be written, CompressionError where `graph` is asked for and cannot be.
     """
     model = cache.model
     ids = _encode(tokenizer, prompt, chat)
     _check_length(model, ids.shape[1], max_new_tokens)
     clock = _Clock(tokenizer, show or (lambda text: None))
+    ids = ids.to(model.device)
     start = time.perf_counter()
-    output: Any = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=torch.ones_like(ids, device=model.device),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        streamer=clock,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **GREEDY,
-    )
+    if takes_over(model, graph):
+        output = generate(
+            *(cache, ids, max_new_tokens), graph=graph, compiled=compiled, show=clock.put_row
+        )
+        clock.end()
+    else:
+        pad = tokenizer.pad_token_id or tokenizer.eos_token_id
+        output = _by_transformers(cache, ids, max_new_tokens, clock, pad)
     end = time.perf_counter()
     new = output[0, ids.shape[1] :]
     return Written(
@@ -84,20 +90,40 @@ def write_on(
     )
 
 
+def _by_transformers(
+    cache: CompressedCache, ids: Tensor, new: int, clock: "_Clock", pad: int | None
+) -> Tensor:
+    model: Any = cache.model
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new,
+        streamer=clock,
+        pad_token_id=pad,
+        **GREEDY,
+    )
+
+
 class _Clock(BaseStreamer):
     """Notes when the first new token is known, and passes on the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
-        self.text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = TextStreamer(tokenizer, skip_special_tokens=True)
         self.text.on_finalized_text = lambda text, stream_end=False: show(text)  # type: ignore[method-assign]
-        self.calls, self.first = 0, 0.0
+        self.prompt, self.first = False, 0.0
 
     def put(self, value: Tensor) -> None:
-        """The prompt at first, then one token at a time."""
-        self.calls += 1
-        if self.calls == 2:
-            self.first = time.perf_counter()
-        self.text.put(value)
+        """Called by transformers: the prompt at first, then one token at a time."""
+        if self.prompt:
+            self.put_row(value[None])
+        self.prompt = True
+
+    def put_row(self, value: Int[Tensor, "1 new"]) -> None:
+        """New tokens."""
+        tokens = value.cpu()
+        self.first = self.first or time.perf_counter()
+        self.text.put(tokens)
 
     def end(self) -> None:
         """Nothing more comes."""

@@ -7,13 +7,13 @@ prompt and all that follows sees only what the cache still holds. lm-eval does t
 import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lm_eval.models  # noqa: F401  (first: the registry of lm-eval's own models)
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tappa
-from tappa.compression import CompressedCache, check_method, parse_budget
+from tappa.compression import CompressedCache, check_method, generate, parse_budget, takes_over
 from tappa.errors import EvaluationError
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the strings; context, continuation
@@ -80,6 +80,7 @@ class TappaLM(HFLM):
         finally:
             log.setLevel(level)
         self.method, self.budget, self.evict = method, size, evict
+        self.graph: bool | None = None  # as in `generate`: on a GPU where it can be
         self.options = {"analysis": analysis, "every": every} | of_method
         self.new_cache()  # what cannot work is refused now, not after the first prompt
 
@@ -109,9 +110,27 @@ class TappaLM(HFLM):
         mask = torch.ones_like(context) if attention_mask is None else attention_mask
         cache = self.cache_of(context, mask)
         cache.frozen = not self.evict
+        if self._greedy(kwargs) and takes_over(cache.model, self.graph):
+            new, stops = max_length - context.shape[1], self._stops(stop, context.shape[1])
+            return generate(cache, context, new, attention_mask=mask, graph=self.graph, stop=stops)
         return super()._model_generate(
             context, max_length, stop, attention_mask=mask, past_key_values=cache, **kwargs
         )
+
+    def _greedy(self, asked: dict[str, Any]) -> bool:
+        """Whether lm-eval asks for the most probable tokens and nothing else."""
+        sampling = asked.get("do_sample") or asked.get("temperature") or self.mixed_precision_dtype
+        return not sampling and not set(asked) - {"do_sample", "temperature"}
+
+    def _stops(self, words: list[str], prompt: int) -> Callable[[Tensor], Tensor]:
+        """Which rows have written one of these, which lm-eval cuts off with what follows."""
+
+        def stop(ids: Int[Tensor, "rows tokens"]) -> Bool[Tensor, " rows"]:
+            texts = self.tokenizer.batch_decode(ids[:, prompt:])
+            found = [any(word in text for word in words) for text in texts]
+            return torch.tensor(found, device=ids.device)
+
+        return stop
 
     def _loglikelihood_tokens(
         self,

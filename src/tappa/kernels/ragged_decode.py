@@ -5,7 +5,7 @@ holds `lengths` tokens, both on the device, so that a captured graph sees them c
 for one more token behind every segment.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -28,44 +28,21 @@ def ragged_decode(
     longest: int,
     scale: float,
     softcap: float | None = None,
+    kept: Float[Tensor, "segments group dim"] | None = None,
 ) -> Float[Tensor, "segments group value_dim"]:
     """Write the new token behind each segment, then `softmax(scale q.k) v` over all its tokens.
 
     `lengths` do not count the new token and stay as they are. `longest`, about the largest of them,
-    guides how the work is split, and no more. In place: `keys` and `values`.
+    guides how the work is split, and no more. In place: `keys`, `values`, and `kept`, which gets a
+    copy of the queries.
     """
-    return _operator(
-        *(queries, new_keys, new_values, keys, values, starts, lengths),
-        *(longest, scale, softcap),
-    )
-
-
-# an operator, so that torch.compile leaves it as it is
-@torch.library.custom_op("tappa::ragged_decode", mutates_args=("keys", "values"))
-def _operator(
-    queries: Tensor,
-    new_keys: Tensor,
-    new_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    longest: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    arguments = (queries, new_keys, new_values, keys, values, starts, lengths)
+    tensors = (queries, new_keys, new_values, keys, values, starts, lengths)
     return choose(
         "ragged_decode",
         queries,
-        lambda: ragged_decode_triton(*arguments, longest, scale, softcap),
-        lambda: ragged_decode_reference(*arguments, longest, scale, softcap),
+        lambda: ragged_decode_triton(*tensors, longest, scale, softcap, kept),
+        lambda: ragged_decode_reference(*tensors, longest, scale, softcap, kept),
     )
-
-
-@_operator.register_fake
-def _shape(queries: Tensor, new_keys: Tensor, new_values: Tensor, *others: Any) -> Tensor:
-    return queries.new_empty(*queries.shape[:2], new_values.shape[1])
 
 
 def ragged_decode_reference(
@@ -79,9 +56,12 @@ def ragged_decode_reference(
     longest: int,
     scale: float,
     softcap: float | None = None,
+    kept: Float[Tensor, "segments group dim"] | None = None,
 ) -> Float[Tensor, "segments group value_dim"]:
     """The formula, on a padded copy."""
     at, longest = starts + lengths, int(lengths.max())
+    if kept is not None:
+        kept.copy_(queries)
     keys.index_copy_(0, at, new_keys)
     values.index_copy_(0, at, new_values)
     offset = torch.arange(longest + 1, device=keys.device)
@@ -105,6 +85,7 @@ def ragged_decode_triton(
     longest: int,
     scale: float,
     softcap: float | None = None,
+    kept: Float[Tensor, "segments group dim"] | None = None,
 ) -> Float[Tensor, "segments group value_dim"]:
     """Split over the tokens of a segment, then merged by their log-sum-exps."""
     segments, group, dim = queries.shape
@@ -116,7 +97,7 @@ def ragged_decode_triton(
     tensors = queries, new_keys, new_values, keys, values
     _attend[(segments, splits)](
         *(x.contiguous() for x in tensors),
-        *(starts, lengths, out, parts, logs, scale, softcap or 1.0),
+        *(starts, lengths, out if kept is None else kept, out, parts, logs, scale, softcap or 1.0),
         *(segments, group, dim, value_dim),
         SPLITS=splits,
         GROUP=power_of_two(group),
@@ -124,6 +105,7 @@ def ragged_decode_triton(
         VALUE_DIM=power_of_two(value_dim),
         TOKENS=TOKENS,
         CAPPED=softcap is not None,
+        KEPT=kept is not None,
     )
     if splits > 1:
         _merge[(segments * group,)](
@@ -146,10 +128,10 @@ def splits_of(segments: int, longest: int, device: torch.device) -> int:
 @jit
 @no_type_check
 def _attend(
-    queries, new_keys, new_values, keys, values, starts, lengths, out, parts, logs, scale, cap,
-    segments, group, dim, value_dim,
+    queries, new_keys, new_values, keys, values, starts, lengths, kept, out, parts, logs,
+    scale, cap, segments, group, dim, value_dim,
     SPLITS: constexpr, GROUP: constexpr, DIM: constexpr, VALUE_DIM: constexpr,
-    TOKENS: constexpr, CAPPED: constexpr,
+    TOKENS: constexpr, CAPPED: constexpr, KEPT: constexpr,
 ):  # fmt: skip
     """Attention of one segment's queries on one part of its tokens; the first has the new one."""
     segment = tl.program_id(0).to(tl.int64)
@@ -166,6 +148,8 @@ def _attend(
     total = tl.zeros((GROUP,), tl.float32)
     sums = tl.zeros((GROUP, VALUE_DIM), tl.float32)
     if split == 0:
+        if KEPT:
+            tl.store(kept + place, query, mask=there[:, None] & (column < dim))
         new_key = tl.load(new_keys + segment * dim + column, mask=column < dim, other=0.0)
         new_value = tl.load(
             new_values + segment * value_dim + value_column,

@@ -5,6 +5,9 @@ RoPE are sums of vectors after it, each turned back. A thread walks over consecu
 keeps `S <- R(theta) S + x_t`, as in Horner's rule, which leaves one turn of S for the end; no angle
 depends on the step. Cosines of neighbours before RoPE need one turn by theta at the end.
 
+It cannot serve compression, where a mask with holes leaves gaps between positions: `unit_queries`
+reads the angles of every step instead.
+
 Rows of a tile are stretches of steps. Programs beside each other take the heads of the same steps,
 which lie beside each other in memory.
 """

@@ -1,4 +1,9 @@
-"""Sums of unit queries before RoPE, in one pass over the queries: what q-similarity needs."""
+"""Sums of unit queries before RoPE, in one pass over the queries: what q-similarity needs.
+
+A kernel beside the one of `similarity`, since a compressed prompt has what that one excludes:
+padding and any positions, dimensions that RoPE leaves out, any strides; and it needs two sums, not
+nine, and no keys.
+"""
 
 from typing import no_type_check
 
