@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from tappa.kernels.launching import choose, constexpr, jit, power_of_two, tl
 from tappa.rope import RotaryChannels
 
-TOKENS = 64  # of a block
+TOKENS, HEADS = 64, 4  # of a block
 Table = tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]
 
 
@@ -55,7 +55,7 @@ def unit_query_sums_triton(
     table: Table,
     rotary: RotaryChannels,
 ) -> tuple[Float64[Tensor, "heads dim"], Float64[Tensor, " heads"]]:
-    """One pass over the queries. Every program sums a block of tokens of all heads."""
+    """One pass over the queries. Every program sums a block of tokens of some heads."""
     heads, tokens, dim = queries.shape
     cos, sin = table
     pairs, rest = len(rotary.first), len(rotary.unrotated)
@@ -63,11 +63,12 @@ def unit_query_sums_triton(
     one, other, step = rotary.evenly or (0, 0, 0)
     sums = queries.new_empty(blocks, heads, dim, dtype=torch.float32)
     squares = queries.new_empty(blocks, heads, dtype=torch.float32)
-    _sum_units[(blocks,)](
+    _sum_units[(blocks, -(-heads // HEADS))](
         *(queries, cos, sin, rotary.first, rotary.second, rotary.unrotated, sums, squares),
         *queries.stride(),
         *(heads, tokens, dim, pairs, rest, one, other, step),
         TOKENS=TOKENS,
+        HEADS=HEADS,
         PAIRS=power_of_two(max(pairs, 1)),
         REST=power_of_two(rest) if rest else 0,
         EVENLY=rotary.evenly is not None,
@@ -80,7 +81,7 @@ def unit_query_sums_triton(
 def _sum_units(
     queries, cos, sin, first, second, unrotated, sums, squares,
     head_stride, token_stride, dim_stride, heads, tokens, dim, pairs, rest, begin, behind, step,
-    TOKENS: constexpr, PAIRS: constexpr, REST: constexpr, EVENLY: constexpr,
+    TOKENS: constexpr, HEADS: constexpr, PAIRS: constexpr, REST: constexpr, EVENLY: constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -96,7 +97,8 @@ def _sum_units(
     else:
         one = tl.load(first + pair, mask=there, other=0)
         other = tl.load(second + pair, mask=there, other=0)
-    for head in range(heads):
+    first_head = tl.program_id(1) * HEADS
+    for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
         row = queries + head * head_stride + token[:, None] * token_stride
         inside = here[:, None] & there
         a = tl.load(row + one * dim_stride, mask=inside, other=0.0).to(tl.float32)
