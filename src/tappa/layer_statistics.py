@@ -104,10 +104,11 @@ class PromptLayer:
         season = self.season
         if season is None:
             season = best_season(*_unit_vectors(view), lags=self.settings.lags)
-        # the CPU waits for a GPU here only: then it launches the rest while that makes the profile
-        self.season = _checked(view, season)
+        found = Fetched(torch.cat([season.to(view.model_keys.device), *_non_finite(view)]))
         self._add_profile(view)
         dominant = self._add_vectors(view).dominant()
+        # the CPU waits for a GPU here only, which has the profile to work on meanwhile
+        self.season = _checked(view, found.get())
         for name, value in _sampled_figures(view, self.season, dominant).items():
             self.sampled[name] = self.sampled[name] + value if name in self.sampled else value
         self.rotary, self.scale, self.layer = view.rotary, view.attention.scale, view.layer
@@ -237,11 +238,16 @@ def _fetch(sums: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
     return arrays
 
 
-def _checked(view: LayerView, season: Tensor) -> Tensor:
-    """The seasons on the CPU. Stops at the first NaN or infinity, naming layer and head."""
+def _non_finite(view: LayerView) -> list[Tensor]:
+    """Whether there is NaN or infinity in the queries of each head and the keys of each KV head."""
     vectors = view.model_queries, view.model_keys
-    bad = [~torch.isfinite(x.sum((1, 2), dtype=torch.float64)) for x in vectors]
-    parts = torch.cat([season.to(bad[0].device), *bad]).cpu().split([len(season), *map(len, bad)])
+    return [~torch.isfinite(x.sum((1, 2), dtype=torch.float64)) for x in vectors]
+
+
+def _checked(view: LayerView, found: Tensor) -> Tensor:
+    """The seasons, which come first. Stops at the first NaN or infinity, naming layer and head."""
+    heads = len(view.model_queries)
+    parts = found.split([heads, heads, len(view.model_keys)])
     for name, head, flags in zip(("queries", "keys"), ("head", "KV head"), parts[1:], strict=True):
         if flags.any():
             raise NonFiniteError(

@@ -168,40 +168,35 @@ class RaggedKV:
     def _keep_first(self, limit: int, counts: list[int]) -> None:
         """`keep_ranked` of a single row with one limit: a layer is cut as often as others follow.
 
-        With tokens in the order of their ranks, each cut is a copy of the first ones.
+        With tokens in the order of their ranks, each cut is a copy of the first ones. Figures are
+        copied in the end.
         """
         if not self.by_rank:
             rank = self.figures.pop("rank")
-            places = torch.arange(len(rank), device=rank.device)
+            places = torch.arange(len(rank), dtype=torch.int32, device=rank.device)
             order = torch.empty_like(places).scatter_(0, rank.long(), places)[:limit]
-            self.figures["segment"] = self._segments()
             self._take(order)
+            self.figures["origin"] = order
             self.by_rank = True
         elif limit < len(self.keys):
             self.keys, self.values = self.keys[:limit].clone(), self.values[:limit].clone()
-            self.figures = {name: x[:limit].clone() for name, x in self.figures.items()}
+            self.figures = {name: x[:limit] for name, x in self.figures.items()}
         self.lengths = counts
 
     def in_order(self) -> None:
         """Put the tokens back, segment by segment and oldest first. Ranks are gone then."""
         if self.by_rank:
-            segment, position = self.figures.pop("segment"), self.figures["position"]
-            self._take(torch.argsort(segment.long() * 2**32 + position))
+            self._take(torch.argsort(self.figures.pop("origin")))
             self.by_rank = False
-
-    def _segments(self) -> Int[Tensor, " tokens"]:
-        """The segment of each token."""
-        device = self.keys.device
-        numbers = torch.arange(len(self.lengths), dtype=torch.int32, device=device)
-        lengths = torch.tensor(self.lengths, device=device)
-        return numbers.repeat_interleave(lengths, output_size=len(self.keys))
 
     def drop_from(self, position: int) -> None:
         """Drop the tokens at this position and later ones."""
         self.in_order()
         kept = self.figures["position"] < position
-        segment = self._segments()[kept].long()
-        self.lengths = segment.bincount(minlength=len(self.lengths)).tolist()
+        segments = torch.arange(len(self.lengths), device=kept.device)
+        lengths = torch.tensor(self.lengths, device=kept.device)
+        segment = segments.repeat_interleave(lengths, output_size=len(self.keys))
+        self.lengths = segment[kept].bincount(minlength=len(self.lengths)).tolist()
         self._filter(kept)
 
     def select_rows(self, index: list[int]) -> None:
