@@ -191,6 +191,7 @@ def test_generate_with_budgets_of_an_analysis(
         (("--max-new-tokens", "500", "--prompt", "a" * 20), "context of 512 tokens"),
         (("--analysis", "/nowhere/a.json"), "cannot read the Analysis /nowhere/a.json"),
         (("--chat",), "chat template"),
+        (("--compile", "--prompt", "a" * 20, "--device", "cpu"), "compiled steps need a GPU"),
     ],
 )
 def test_what_generate_refuses(run: Run, model: Path, options: tuple[str, ...], says: str) -> None:

@@ -42,6 +42,7 @@ def test_fixed_steps_write_the_same(new: int) -> None:
     for name in ("text", "prompt_tokens", "new_tokens", "tokens_seen", "tokens_held", "nbytes"):
         assert getattr(found[1], name) == getattr(found[0], name)
     assert pieces[0] == pieces[1] == found[0].text
+    assert found[1].peak_nbytes >= found[0].peak_nbytes  # with a copy in buffers, from 2 tokens on
     assert found[1].prefill_seconds > 0
     assert found[1].decode_seconds > 0
 

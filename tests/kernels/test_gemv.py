@@ -64,8 +64,12 @@ def test_rows_of_a_wider_matrix() -> None:
     torch.testing.assert_close(gemv_triton(x, wide[:, :20]), x @ wide[:, :20].T)
 
 
+class Kind(Tensor):
+    """A tensor that may hold its numbers in another way."""
+
+
 @pytest.mark.parametrize(
-    "case", ["vectors", "float32", "made", "mixed", "transposed", "empty", "keywords"]
+    "case", ["vectors", "float32", "made", "kind", "mixed", "transposed", "empty", "keywords"]
 )
 def test_other_layers_are_left_alone(case: str, ran: list[Any]) -> None:
     x, weight = made(1, 8, dtype=torch.bfloat16), nn.Parameter(made(4, 8, dtype=torch.bfloat16))
@@ -73,6 +77,7 @@ def test_other_layers_are_left_alone(case: str, ran: list[Any]) -> None:
         "vectors": (made(MOST + 1, 8, dtype=torch.bfloat16), weight),
         "float32": (x.float(), nn.Parameter(weight.detach().float())),
         "made": (x, weight.detach() * 2),  # as a layer of quantized numbers does
+        "kind": (x, nn.Parameter(weight.detach().as_subclass(Kind))),  # as torchao's weights
         "mixed": (x, nn.Parameter(weight.detach().half())),
         "transposed": (x, nn.Parameter(weight.detach().T.contiguous().T)),
         "empty": (x[:0], weight),
@@ -123,6 +128,7 @@ def test_fixed_steps_of_a_model_use_it(
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **o: plain(f, backend="aot_eager", **o))
     monkeypatch.setattr(launching, "FAILED", {"ragged_decode", "window_sums", "unit_query_sums"})
+    monkeypatch.setattr(gemv, "FASTEST", {1: Tiles(32, 64, 2)})  # fewer programs to interpret
     model: Any = tiny_model("llama")
     model.to(DEVICE, torch.bfloat16)
     model.generation_config.eos_token_id = None

@@ -112,7 +112,8 @@ def _choose_steps(
     reason = why_not(cache)
     if graph and reason:
         raise CompressionError(f"cannot decode in fixed steps: {reason}")
-    pays = graph is None and decoder.tokens.is_cuda and new > PERIOD and reason is None
+    recordable = getattr(cache.model, "_can_compile_fullgraph", False)  # as transformers knows
+    pays = graph is None and decoder.tokens.is_cuda and recordable and new > PERIOD and not reason
     over = new < 1 or bool(decoder.finished.all())
     if (graph or pays) and not over:
         try:

@@ -100,6 +100,8 @@ class FixedSteps:
         self.fixed = FixedKV(lengths, room, held[0], cache.tokens_seen, capacity)
         for number, one in enumerate(held):
             self.fixed.fill(number, one)
+        at_once = cache.nbytes + self.fixed.buffer_nbytes
+        cache.peak_nbytes = max(cache.peak_nbytes, at_once)
         self.evictor = Evictor(cache, self.fixed, lengths) if cache.evicting else None
         if cache.evicting and "window" in cache.method.scorer.needs:
             self.fixed.remember(

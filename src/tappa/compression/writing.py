@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
-from tappa.errors import TextError
+from tappa.errors import CompressionError, TextError
 from tappa.models import context_length
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -57,15 +57,20 @@ def write_on(
         written = write_on(tappa.compressed(model, "tappa", 512), tokenizer, prompt)
 
     Raises TextError for a prompt that is empty, or too long for the model together with what is to
-    be written, CompressionError where `graph` is asked for and cannot be.
+    be written, CompressionError where `graph` or `compiled` is asked for and cannot be.
     """
     model = cache.model
     ids = _encode(tokenizer, prompt, chat)
     _check_length(model, ids.shape[1], max_new_tokens)
     clock = _Clock(tokenizer, show or (lambda text: None))
-    ids = ids.to(model.device)
+    ids, steps = ids.to(model.device), takes_over(model, graph)
+    if compiled and not steps:
+        raise CompressionError(
+            "compiled steps need a GPU, and a model whose generation config asks for no more than "
+            "the most probable token"
+        )
     start = time.perf_counter()
-    if takes_over(model, graph):
+    if steps:
         output = generate(
             *(cache, ids, max_new_tokens), graph=graph, compiled=compiled, show=clock.put_row
         )

@@ -39,7 +39,7 @@ class FewVectors(TorchFunctionMode):
 def _taken(x: Tensor, weight: Tensor) -> bool:
     vectors = x.numel() // max(x.shape[-1], 1)
     fits = x.dtype == weight.dtype and weight.dtype in TYPES and weight.stride(-1) == 1
-    return fits and 1 <= vectors <= MOST and isinstance(weight, nn.Parameter)
+    return fits and 1 <= vectors <= MOST and type(weight) is nn.Parameter  # no subclass of it
 
 
 # an operator, so that torch.compile leaves it as it is
