@@ -38,6 +38,7 @@ ORDER = [
     "integrations",
     "display",
     "cli",
+    "__main__",
 ]
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
