@@ -22,6 +22,8 @@ from tappa.cli.common import (
     RayAddressOption,
     TrustOption,
     WorkersOption,
+    is_first,
+    messages,
     texts_of,
 )
 from tappa.display import show
@@ -79,7 +81,7 @@ def analyze(
     titles = [path.name for path in text] if text else ["Pride and Prejudice"]
     if out is not None:
         check_writable_folder(out)
-    errors = Console(stderr=True)
+    errors = messages()
     source = cluster.ModelSource(model, device, dtype, trust_remote_code)
     placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
     if dry_run:
@@ -110,6 +112,8 @@ def analyze(
 
 def _save(analysis: Analysis, out: Path) -> list[Path]:
     """The files with the figures."""
+    if not is_first():
+        return []
     ensure_folder(out)
     table = analysis.to_frame().to_csv(index=False)
     return [analysis.save(out / "analysis.json"), write_atomic(out / "heads.csv", table)]
@@ -117,6 +121,8 @@ def _save(analysis: Analysis, out: Path) -> list[Path]:
 
 def _draw(views: Sequence[Views], out: Path) -> list[Path]:
     """The files with the pictures: no page where its libraries are missing."""
+    if not is_first():
+        return []
     written = [save_views(out / FILE, views)]
     try:
         written.append(write_report(out / "report.html", [out / "analysis.json"]))

@@ -10,12 +10,14 @@ import typer
 
 import tappa
 from tappa.cli.analyze import analyze
+from tappa.cli.common import is_first
 from tappa.cli.eval import evaluate_methods, lm_eval
 from tappa.cli.generate import generate, methods
 from tappa.cli.prune import prune
 from tappa.cli.report import draw_figures, report
 from tappa.cli.verify import verify
 from tappa.errors import TappaError
+from tappa.tensor_parallel import leave_torchrun
 
 INTERRUPTED = 130  # exit code
 
@@ -59,17 +61,20 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _print_warning
+    if not is_first():
+        _silence()
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.stdout.flush()
+        leave_torchrun()
     except TappaError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         sys.exit(1)
     except OSError as error:
         _fail(f"cannot write the output: {error.strerror or error}", 2)
@@ -81,6 +86,11 @@ def main() -> None:
             sys.exit(0)
         _fail(" ".join(error.format_message().split()), 2)  # an argument that Typer refuses
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _silence() -> None:
+    """Whatever is printed from now on goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> NoReturn:

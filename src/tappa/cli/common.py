@@ -10,14 +10,29 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tappa.errors import MissingExtraError
+from tappa.errors import MissingExtraError, ModelError
+from tappa.tensor_parallel import rank_of_torchrun
 from tappa.texts import read_text
 
 ModelArgument = Annotated[
     str | None,
     typer.Argument(help="Hub id, folder or .gguf file; the packaged SmolLM2-135M if left out."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def _device(value: str) -> str:
+    """In processes of torchrun, which hold one model together, "tp". Raises ModelError."""
+    if rank_of_torchrun() is None:
+        return value
+    if value not in ("auto", "tp"):
+        raise ModelError(f"expected the device auto or tp under torchrun, got {value!r}")
+    return "tp"
+
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, cuda:1, all (GPUs) or tp (torchrun).", callback=_device),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -69,6 +84,16 @@ def extra(module: str, name: str) -> Any:
         raise MissingExtraError(
             f"{error.name} is missing: this needs the extra, pip install 'tappa[{name}]'"
         ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints: of those of torchrun only one does."""
+    return rank_of_torchrun() in (None, 0)
+
+
+def messages() -> Console:
+    """stderr, for bars and notes."""
+    return Console(stderr=True, quiet=not is_first())
 
 
 @contextmanager

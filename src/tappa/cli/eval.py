@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tappa import cluster
 from tappa.cli.common import (
@@ -19,6 +18,7 @@ from tappa.cli.common import (
     TrustOption,
     WorkersOption,
     extra,
+    messages,
     parts,
 )
 from tappa.compression import parse_budget, split_methods
@@ -113,7 +113,7 @@ def evaluate_methods(
     check_writable_folder(out)
     source = cluster.ModelSource(model, device, dtype, trust_remote_code)
     many = extra("tappa.cluster.evaluate", "eval")
-    errors = Console(stderr=True)
+    errors = messages()
     with (
         cluster.open_pool(source, placement, errors) as pool,
         cluster.following(errors, "evaluating", "samples") as follow,

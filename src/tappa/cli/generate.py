@@ -9,7 +9,14 @@ import typer
 from rich.console import Console
 
 import tappa
-from tappa.cli.common import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from tappa.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    messages,
+)
 from tappa.compression import check_method, describe_methods, parse_budget, write_on
 from tappa.display import render_methods, render_written
 from tappa.errors import TextError
@@ -56,7 +63,7 @@ def generate(
     text = text if prompt_file is None else read_text(prompt_file)
     wanted = parse_budget(budget)
     check_method(method, wanted)
-    errors = Console(stderr=True)
+    errors = messages()
     with errors.status("loading the model"):
         loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     cache = tappa.compressed(loaded.model, method, wanted, analysis=analysis, every=every)

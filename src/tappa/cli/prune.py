@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tappa import cluster, pruning
 from tappa.cli.common import (
@@ -18,12 +17,14 @@ from tappa.cli.common import (
     RayAddressOption,
     TrustOption,
     WorkersOption,
+    messages,
     progress,
     texts_of,
 )
 from tappa.display import render_plan
 from tappa.errors import PruningError
 from tappa.files import write_atomic
+from tappa.tensor_parallel import require_whole
 from tappa.texts import packaged_halves
 
 
@@ -105,12 +106,14 @@ def prune(
     kind = pruning.check_plot(plot) if plot is not None else ""
     first, second = packaged_halves()
     known, held = texts_of(text, first), texts_of(None if held_out is None else [held_out], second)
-    errors = Console(stderr=True)
+    errors = messages()
     source = cluster.ModelSource(model, device, dtype, trust_remote_code)
     placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
     with errors.status("loading the model"):
         loaded = cluster.for_this_process(source, placement).load()
     wanted.check(loaded.model)
+    if not dry_run:
+        require_whole(loaded.model, "remove layers or heads")
     windows_of = partial(pruning.Windows.of, *loaded, window=window, limit=windows)
     calibration_windows = windows_of(known, stride=stride)
     held_windows = windows_of(held, stride=window)

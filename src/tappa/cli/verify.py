@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import tappa
 from tappa.cli.common import (
@@ -14,6 +13,7 @@ from tappa.cli.common import (
     ModelArgument,
     TrustOption,
     extra,
+    messages,
     parts,
     progress,
 )
@@ -75,7 +75,7 @@ def verify(
     texts = {path.stem: read_text(path) for path in text} if text else None
     if out is not None:
         check_writable_folder(out)
-    errors = Console(stderr=True)
+    errors = messages()
     with errors.status("loading the model"):
         loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with progress(errors, "verifying", "steps") as update:
