@@ -57,7 +57,7 @@ class HeadShards:
     def total(self, mine: int | float) -> float:
         """The sum over all ranks."""
         if self.ranks == 1:
-            return mine
+            return float(mine)
         return float(self.gather(torch.tensor([mine], dtype=torch.float64)).sum())
 
     def mine(self, every: Any) -> Any:
