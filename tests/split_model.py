@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-import tappa
+import tappa.cli
+from tappa.errors import ModelError
 from tappa.pruning import calibrate
 from tappa.report.looking import look
 from tappa.report.views import save_views
@@ -32,6 +33,17 @@ def kept(model: PreTrainedModel, method: str, heads: range) -> list[list[list[in
     return [[cache.positions_held(layer, head) for head in heads] for layer in layers]
 
 
+def commands(model: Path, out: Path) -> list[list[str]]:
+    """An evaluation and an analysis as they are typed; the latter prints JSON alone."""
+    (out / "text.txt").write_text(TEXTS[0])
+    sizes = ["--limit", "1", "--lengths", "150", "--budgets", "40", "--methods", "full,tappa"]
+    what = ["--text", str(out / "text.txt"), "--json", "--shown-texts", "1"]
+    return [
+        ["eval", str(model), "--tasks", "fidelity", *sizes, "--out", str(out / "results")],
+        ["analyze", str(model), *what, "--out", str(out / "analysis")],
+    ]
+
+
 def main(folder: Path, out: Path) -> None:
     model, tokenizer = tappa.load(folder, device="tp")
     rank = dist.get_rank()
@@ -44,7 +56,14 @@ def main(folder: Path, out: Path) -> None:
         analysis.save(out / "analysis.json")
         calibration.save(out / "calibration.json")
         save_views(out / "views.npz", [views])
-    dist.destroy_process_group()
+    try:
+        tappa.prune(model, calibration, layers=1)
+    except ModelError as error:
+        (out / f"refused-{rank}").write_text(str(error))
+    evaluate, analyze = commands(folder, out)
+    tappa.cli.app(evaluate, standalone_mode=False)
+    sys.argv = ["tappa", *analyze]
+    tappa.cli.main()  # lets go of the other rank
 
 
 if __name__ == "__main__":

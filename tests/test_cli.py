@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,19 @@ def test_the_terminal_shows_the_analysis(run: Run, model: Path, text: Path, tmp_
     assert "bounds of the theorems: 0 violations" in stdout
     assert f"wrote {out / 'analysis.json'}, {out / 'heads.csv'}" in " ".join(stdout.split())
     assert files_below(out) == ["analysis.json", "heads.csv"]
+
+
+def test_a_start_imports_nothing_optional() -> None:
+    """No libraries of extras, which take seconds, or may be missing."""
+    optional = ("ray", "lm_eval", "datasets", "scipy.stats", "matplotlib", "plotly")
+    code = f"import sys, tappa.cli; sys.exit(', '.join(x for x in {optional} if x in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.stderr == b"\n"  # no name
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "tappa", "--version"], capture_output=True)
+    assert done.stdout.decode() == f"tappa {tappa.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["--version"]])

@@ -11,6 +11,7 @@ ORDER = [
     "files",
     "interrupts",
     "fetching",
+    "tensor_parallel",
     "texts",
     "checkpoint",
     "models",
@@ -20,7 +21,6 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
-    "tensor_parallel",
     "rotary_probe",
     "capture",
     "channels",
@@ -39,6 +39,7 @@ ORDER = [
     "integrations",
     "display",
     "cli",
+    "__main__",
 ]
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

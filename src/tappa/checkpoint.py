@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from tappa.errors import ModelError
 from tappa.files import digest_of
+from tappa.tensor_parallel import whole
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -146,6 +147,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Of the weights: names, shapes, and every 997th number of each tensor."""
     parts: list[Any] = []
     for name, tensor in model.state_dict().items():
-        few = tensor.detach().flatten()[::997].float().cpu()
+        few = whole(tensor.detach()).flatten()[::997].float().cpu()
         parts.append((name, list(tensor.shape), few.double().sum().item(), few.abs().sum().item()))
     return digest_of(parts)

@@ -5,6 +5,7 @@ attention of these alone. What is needed of all heads is gathered; all ranks mus
 together, which they do, since they run the same layers at the same time.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from tappa.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,42 @@ class HeadShards:
         longest = int(self.gather(torch.tensor([mine.shape[1]])).max())
         return self.gather(torch.nn.functional.pad(mine, (0, longest - mine.shape[1]), value=value))
 
+    def total(self, mine: int | float) -> float:
+        """The sum over all ranks."""
+        if self.ranks == 1:
+            return float(mine)
+        return float(self.gather(torch.tensor([mine], dtype=torch.float64)).sum())
+
     def mine(self, every: Any) -> Any:
         """This rank's part of a list or tensor with all heads first."""
         size = len(every) // self.ranks
         return every[self.rank * size : (self.rank + 1) * size]
+
+
+def rank_of_torchrun() -> int | None:
+    """The number of this process among those of torchrun; None without it, or where it is alone."""
+    if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    return int(os.environ["RANK"])
+
+
+def leave_torchrun() -> None:
+    """Let go of the other processes, where there are any: all must be done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def require_whole(model: PreTrainedModel, what: str) -> None:
+    """Raise ModelError for a model whose heads are split, where that will not do."""
+    ranks = HeadShards.of(model).ranks
+    if ranks > 1:
+        raise ModelError(f"expected a whole model to {what}, its heads are split over {ranks}")
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A split weight put together; any other as it is. All ranks must ask for it."""
+    found: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return found
 
 
 def local(weight: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 STORE = 80 * 2**20  # bytes of shared memory of a node
-TAPPA = (sys.executable, "-c", "from tappa.cli import main; main()")
+TAPPA = (sys.executable, "-m", "tappa")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tappa
-from split_model import METHODS, TEXTS, kept
+from conftest import Run
+from split_model import METHODS, TEXTS, commands, kept
 from tappa.analysis import Analysis
 from tappa.errors import CaptureError, ModelError
 from tappa.layer_statistics import LayerStatistics
@@ -33,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def split(model: Path) -> Path:
-    """The folder to which two ranks wrote."""
+    """The folder to which two ranks wrote, and what they printed."""
     out = model.parent / "out"
     out.mkdir()
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -47,6 +48,7 @@ def split(model: Path) -> Path:
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    (out / "printed").write_text(done.stdout)
     return out
 
 
@@ -89,6 +91,37 @@ def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) 
     assert seen.maps.shape == alone.maps.shape
     assert np.abs(seen.maps.astype(int) - alone.maps).max() <= 1
     np.testing.assert_array_equal(seen.kept, alone.kept)
+
+
+def test_the_command_line_on_two_ranks(run: Run, model: Path, split: Path, tmp_path: Path) -> None:
+    """One of them prints; files and figures are those of all heads."""
+    code, alone, _ = run(*commands(model, tmp_path)[1])
+    assert code == 0
+    printed = [line for line in (split / "printed").read_text().splitlines() if line[:1] == "{"]
+    assert len(printed) == 1
+    mine, theirs = json.loads(printed[0]), json.loads(alone)
+    assert (mine["model"], mine["prompts"]) == (theirs["model"], theirs["prompts"])
+    assert len(mine["heads"]) == len(theirs["heads"]) == 12
+    for one, other in zip(mine["heads"], theirs["heads"], strict=True):
+        assert one["q_similarity"] == pytest.approx(other["q_similarity"], abs=1e-5)
+    code, _, _ = run(*commands(model, tmp_path)[0])
+    assert code == 0
+    for folder in ("analysis", "results"):
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        assert sorted(path.name for path in (split / folder).iterdir()) == names
+    answers = [
+        json.loads((out / "results/samples/fidelity/00000.json").read_text())["answers"]
+        for out in (split, tmp_path)
+    ]
+    for cell, same in zip(*answers, strict=True):
+        assert (cell["tokens_held"], cell["nbytes"]) == (same["tokens_held"], same["nbytes"])
+        assert cell["scores"] == pytest.approx(same["scores"], abs=1e-5)
+
+
+def test_a_split_model_is_not_pruned(split: Path) -> None:
+    for rank in range(2):
+        message = (split / f"refused-{rank}").read_text()
+        assert message.endswith("whole model to remove layers or heads, its heads are split over 2")
 
 
 def test_one_rank_holds_everything() -> None:

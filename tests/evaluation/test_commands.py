@@ -12,7 +12,7 @@ import pytest
 from tappa.evaluation.choice_suite import write_choice_suite
 from tiny import save_tiny
 
-TAPPA = (sys.executable, "-c", "from tappa.cli import main; main()")
+TAPPA = (sys.executable, "-m", "tappa")
 
 
 @pytest.fixture(scope="module")

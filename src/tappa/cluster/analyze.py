@@ -21,6 +21,7 @@ from tappa.layer_statistics import LayerStatistics, Settings
 from tappa.models import context_length
 from tappa.report.looking import look
 from tappa.report.views import Views
+from tappa.tensor_parallel import rank_of_torchrun
 from tappa.texts import encode_texts
 
 
@@ -73,9 +74,9 @@ def analyze_texts(
 
 def state_folder(out: Path | None, placement: Placement) -> Path | None:
     """Where a command keeps its pieces: one in process only goes on with those of workers."""
-    if out is None or (placement.in_process and not (out / "pieces").is_dir()):
-        return None
-    return out
+    if out is None or not placement.in_process:
+        return out
+    return out if (out / "pieces").is_dir() and rank_of_torchrun() is None else None
 
 
 def do_pieces(pool: Pool, task: Any, jobs: dict[str, Any], pieces: Pieces, follow: Follow) -> None:

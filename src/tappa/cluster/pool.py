@@ -13,6 +13,7 @@ import tappa
 from tappa.checkpoint import LoadedModel, first_line
 from tappa.errors import ClusterError, MissingExtraError, TappaError
 from tappa.interrupts import finish_first
+from tappa.tensor_parallel import rank_of_torchrun
 
 ATTEMPTS = 3  # at a piece of work, before it counts as failed
 
@@ -192,6 +193,8 @@ def device_for(gpus: float) -> str:
 
 
 def _ray(source: ModelSource, placement: Placement) -> Pool:
+    if rank_of_torchrun() is not None:
+        raise ClusterError("expected no workers of Ray under torchrun: its processes do the work")
     try:
         from tappa.cluster.ray_pool import RayPool
     except ImportError as error:

@@ -79,17 +79,17 @@ def write_on(
         pad = tokenizer.pad_token_id or tokenizer.eos_token_id
         output = _by_transformers(cache, ids, max_new_tokens, clock, pad)
     end = time.perf_counter()
-    new = output[0, ids.shape[1] :]
+    new, shards = output[0, ids.shape[1] :], cache.shards
     return Written(
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
         prompt_tokens=ids.shape[1],
         new_tokens=len(new),
         tokens_seen=cache.tokens_seen,
-        tokens_held=cache.tokens_held(),
-        nbytes=cache.nbytes,
-        peak_nbytes=cache.peak_nbytes,
-        beside_nbytes=cache.beside_nbytes,
-        full_nbytes=cache.full_nbytes,
+        tokens_held=shards.total(cache.tokens_held()) / shards.ranks,
+        nbytes=int(shards.total(cache.nbytes)),
+        peak_nbytes=int(shards.total(cache.peak_nbytes)),
+        beside_nbytes=int(shards.total(cache.beside_nbytes)),
+        full_nbytes=int(shards.total(cache.full_nbytes)),
         prefill_seconds=clock.first - start,
         decode_seconds=end - clock.first,
     )

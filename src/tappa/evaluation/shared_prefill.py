@@ -145,7 +145,10 @@ class GridLM(TappaLM):
             for other, cache in zip(siblings, caches, strict=True):
                 self._made[tokens, other] = cache, seconds
         cache, seconds = self._made.pop((tokens, cell))
-        self.held.setdefault(cell, []).append(Held(cache.tokens_held(), cache.nbytes, seconds))
+        shards = cache.shards
+        tokens_held = shards.total(cache.tokens_held()) / shards.ranks  # means over as many heads
+        held = Held(tokens_held, int(shards.total(cache.nbytes)), seconds)
+        self.held.setdefault(cell, []).append(held)
         return cache
 
     def _now(self) -> float:

@@ -8,6 +8,7 @@ from tappa.pruning.layers import layers_removed, remove_layers
 from tappa.pruning.measure import Figures, measure, nll_of_windows, perplexity_of
 from tappa.pruning.orders import ORDERS, Known, layers_to_remove
 from tappa.pruning.plan import Amounts, Plan, apply, plan, prune
+from tappa.pruning.pruned import remove_and_save
 from tappa.pruning.saving import check_target, save_checkpoint
 from tappa.pruning.windows import Windows
 
@@ -40,6 +41,7 @@ __all__ = [
     "plan",
     "plot",
     "prune",
+    "remove_and_save",
     "remove_kv_groups",
     "remove_layers",
     "save_checkpoint",

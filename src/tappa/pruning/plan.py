@@ -16,6 +16,7 @@ from tappa.pruning.measure import nll_of_windows
 from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
 from tappa.pruning.structure import heads_of
 from tappa.pruning.windows import Windows
+from tappa.tensor_parallel import require_whole
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def prune(
 
 
 def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
-    """Remove what a plan says, in place."""
+    """Remove what a plan says, in place. Raises ModelError for a model that is split."""
+    require_whole(model, "remove layers or heads")
     silence_heads(model, wanted.query_heads)
     remove_kv_groups(model, wanted.kv_groups)
     return remove_layers(model, wanted.layers) if wanted.layers else model

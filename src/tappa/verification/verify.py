@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tappa.analysis import Analysis, analyze
 from tappa.capture import prefill
 from tappa.errors import CompressionError, VerificationError
+from tappa.tensor_parallel import require_whole
 from tappa.texts import encode_texts, packaged_text, packaged_verse
 from tappa.verification.bounds import AttentionBound, logit_bounds
 from tappa.verification.constructed import check_constructed
@@ -117,6 +118,7 @@ def verify(
     """
     wanted = wanted or Verification()
     wanted.check()
+    require_whole(model, "verify claims")
     texts = texts or kinds_of_text()
 
     def follow(claim: str) -> Callable[[int, int], None]:

@@ -1,0 +1,6 @@
+"""`python -m tappa`."""
+
+from tappa.cli import main
+
+if __name__ == "__main__":
+    main()
