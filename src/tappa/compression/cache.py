@@ -63,7 +63,8 @@ class CompressedCache(DynamicCache):
                 "its cache cannot be compressed"
             )
         needs = method.scorer.needs | (method.rule.needs if method.rule else set())
-        if needs & {"moments", "similarity"}:
+        self._wants_rotary = bool(needs & {"moments", "similarity"})
+        if self._wants_rotary:
             require_rope(model)
         super().__init__(config=model.config)
         self.model, self.method, self.budget, self.every = model, method, budget, every
@@ -287,6 +288,10 @@ class CompressedCache(DynamicCache):
         """As many new tokens at once are taken for a piece of the prompt, and compressed."""
         return max(self.method.window, 2)
 
+    def _is_prompt(self, layer: CompressedLayer, new: int) -> bool:
+        """Whether so many tokens, which the layer has got, are a piece of the prompt."""
+        return layer.seen == new or new >= self._prompt_like
+
     def _attend(
         self,
         module: nn.Module,
@@ -303,6 +308,9 @@ class CompressedCache(DynamicCache):
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
             return kernel(module, query, key, value, attention_mask, **kwargs)
+        layer.attention, layer.module = attention_of(module, query, kwargs), module
+        if self.evicting and self._valid is None and self._is_prompt(layer, query.shape[2]):
+            self._ask_rotary(layer, query.shape[2])
         if query.shape[2] == 1 and (own := layer.attend(query)) is not None:
             output: tuple[Tensor, Tensor | None] = (own, None)
         elif layer.split or (self.switch.wrapped.startswith("flash") and not layer.complete):
@@ -311,7 +319,6 @@ class CompressedCache(DynamicCache):
         else:
             mask = layer.mask_for(attention_mask, query)
             output = kernel(module, query, key, value, mask, **kwargs)
-        layer.attention, layer.module = attention_of(module, query, kwargs), module
         if self.recorder is not None:
             self.recorder(query, self._channels(layer, 0, slice(0, query.shape[2])))
         if self.evicting:
@@ -352,8 +359,7 @@ class CompressedCache(DynamicCache):
         """
         new, valid = query.shape[2], self._valid
         valid = None if valid is None else valid.to(query.device)
-        start = layer.seen - new
-        prompt = start == 0 or new >= self._prompt_like
+        start, prompt = layer.seen - new, self._is_prompt(layer, new)
         if prompt:
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
@@ -393,7 +399,7 @@ class CompressedCache(DynamicCache):
         seen.see(queries, positions, method.window, end)
         if prompt:
             table = None
-            if "moments" in method.scorer.needs or "similarity" in rule.needs:
+            if self._wants_rotary:
                 seen.rotary = self._channels(layer, row, tokens)
                 table = self._table(seen.rotary, positions)
             seen.learn(queries, positions, method.scorer, rule, table)
@@ -410,6 +416,11 @@ class CompressedCache(DynamicCache):
         assert layer.module is not None
         ids = self._position_ids[row if len(self._position_ids) > 1 else 0, tokens]
         return self._probe.channels(layer.module, row, tokens, ids)
+
+    def _ask_rotary(self, layer: CompressedLayer, new: int) -> None:
+        """Have RoPE ready before attention: at first, the CPU waits for what a GPU has to do."""
+        if self._wants_rotary:
+            self._table(self._channels(layer, 0, slice(0, new)), self._positions)
 
     def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
         """Cosine and sine of these positions; those of all new tokens are made once for all."""
