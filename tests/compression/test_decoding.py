@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tappa
-from tappa.compression import CompressedCache, compressed, generate, record, stack_caches
+from tappa.compression import (
+    CompressedCache,
+    compressed,
+    generate,
+    record,
+    stack_caches,
+    stacking,
+)
 from tappa.compression.fixed import FixedKV
 from tappa.errors import CompressionError
 from tiny import tiny_model as make_tiny
@@ -139,8 +146,12 @@ def test_rows_end_where_transformers_ends_them() -> None:
                 assert cache.tokens_seen == twin.tokens_seen == expected.shape[1] - 1
 
 
-def test_a_prompt_that_was_read_and_a_stack_of_caches() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prompt_that_was_read_and_a_stack_of_caches(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the evaluation does: all but the last token is known, nothing more is dropped."""
+    monkeypatch.setattr(stacking, "runs_on", lambda x: packed)
     model = endless()
     recording = record(model, PROMPT[:, :96])
     budgets = [23, 41, 61]
@@ -154,7 +165,9 @@ def test_a_prompt_that_was_read_and_a_stack_of_caches() -> None:
     assert torch.equal(actual, torch.cat(alone))
     assert stacked.tokens_seen == 96 + 21
     assert stacked.tokens_held(row=2) == pytest.approx(caches[2].tokens_held() + 21)
-    assert torch.isfinite(model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits).all()
+    with torch.inference_mode():
+        logits = model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits
+    assert torch.isfinite(logits).all()
 
 
 COMPILED = """

@@ -51,6 +51,7 @@ def test_a_model_that_penalizes_repetition_is_left_to_transformers() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.generation_config.update(repetition_penalty=1.0, temperature=0.6, top_k=20)
     assert takes_over(model, graph=True)
+    assert not takes_over(model)  # on a CPU
     free = write_on(compressed(model, "full"), tokenizer, PROMPT, 23).text
     model.generation_config.repetition_penalty = 5.0
     with pytest.raises(CompressionError, match="config asks for repetition_penalty"):

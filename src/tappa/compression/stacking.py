@@ -164,6 +164,11 @@ class PackedLayer(CompressedLayer):
         self.complete, self.is_initialized = False, True
         self._pack(RaggedKV.stack([part.storage() for part in parts]), self.ROOM)
 
+    def take(self, held: RaggedKV, seen: int) -> None:
+        """Go on with these tokens, of so many that were seen."""
+        self.seen = seen
+        self._pack(held, self.ROOM)
+
     def _pack(self, held: RaggedKV, room: int) -> None:
         """Lay out the segments, each with room for so many more tokens behind it."""
         device = held.keys.device
