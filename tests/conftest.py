@@ -21,6 +21,7 @@ from tappa.models import LoadedModel
 Run = Callable[..., tuple[int, str, str]]
 # there are no wheels of Triton for every platform
 collect_ignore = ["kernels"] if importlib.util.find_spec("triton") is None else []
+STORE = 80 * 2**20  # bytes of shared memory of a node of Ray
 torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
 
 
@@ -63,6 +64,25 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, poison: None) -> list[str]:
     monkeypatch.setattr(tappa.kernels, "_attempt", noted)
     monkeypatch.setattr(launching, "FAILED", set())
     return ran
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray cluster on this machine: a head with five CPUs, to which nodes can be added.
+
+    Mark its tests with `xdist_group("ray")`: one cluster for all.
+    """
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        node = {"num_cpus": 5, "object_store_memory": STORE, "include_dashboard": False}
+        found = Cluster(initialize_head=True, head_node_args=node)
+        yield found
+        found.shutdown()
 
 
 @pytest.fixture

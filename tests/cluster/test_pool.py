@@ -262,7 +262,7 @@ def test_one_worker_goes_on_where_many_began(run: Run, source: ModelSource, tmp_
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("analyze", "--text"), ["1 prompts of at most 89 tokens, in 1 shards", "FLOP"]),
+        (("analyze", "--text"), ["1 prompts of at most 90 tokens, in 1 shards", "FLOP"]),
         (("eval", "--limit", "3", "--tasks", "ruler,fidelity"), ["36 samples", "unknown until"]),
     ],
 )

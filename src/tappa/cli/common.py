@@ -96,6 +96,11 @@ def messages() -> Console:
     return Console(stderr=True, quiet=not is_first())
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(console: Console, doing: str, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, gone when it is done: (done, total)."""

@@ -19,6 +19,7 @@ from tappa.cli.common import (
     WorkersOption,
     messages,
     progress,
+    say,
     texts_of,
 )
 from tappa.display import render_plan
@@ -73,7 +74,7 @@ def prune(
         Path | None, typer.Option(help="Picture of BI, q-similarity and BI' (.png, .svg, .pdf).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print order and scores; remove nothing.")
+        bool, typer.Option("--dry-run", help="Print cost, order and scores; remove nothing.")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in the output folder.")
@@ -112,11 +113,13 @@ def prune(
     with errors.status("loading the model"):
         loaded = cluster.for_this_process(source, placement).load()
     wanted.check(loaded.model)
-    if not dry_run:
-        require_whole(loaded.model, "remove layers or heads")
     windows_of = partial(pruning.Windows.of, *loaded, window=window, limit=windows)
     calibration_windows = windows_of(known, stride=stride)
     held_windows = windows_of(held, stride=window)
+    if dry_run:
+        say(errors, cluster.estimate_calibration(model, calibration_windows, placement))
+    else:
+        require_whole(loaded.model, "remove layers or heads")
     job = (source, placement, loaded.model, calibration_windows)
     with cluster.following(errors, "calibrating", "pieces") as follow:
         found = cluster.calibrate_windows(*job, state=calibration, console=errors, follow=follow)
@@ -124,7 +127,7 @@ def prune(
         chosen = pruning.plan(loaded.model, found, wanted, calibration_windows, progress=update)
     if plot is not None:
         write_atomic(plot, pruning.plot(found, chosen, kind))
-        errors.print(f"wrote {plot}", highlight=False, markup=False)
+        say(errors, f"wrote {plot}")
     if dry_run or out is None:
         print(pruning.as_json(found, chosen) if as_json else render_plan(found, chosen))
         return

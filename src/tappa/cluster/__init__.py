@@ -2,7 +2,7 @@
 
 from tappa.cluster.analyze import analyze_texts, look_at, state_folder
 from tappa.cluster.calibrate import calibrate_by, calibrate_windows
-from tappa.cluster.estimate import estimate_analysis, estimate_grid
+from tappa.cluster.estimate import estimate_analysis, estimate_calibration, estimate_grid
 from tappa.cluster.pool import (
     Failed,
     Finished,
@@ -26,6 +26,7 @@ __all__ = [
     "calibrate_by",
     "calibrate_windows",
     "estimate_analysis",
+    "estimate_calibration",
     "estimate_grid",
     "following",
     "for_this_process",

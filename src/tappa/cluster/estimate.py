@@ -11,6 +11,8 @@ from safetensors import safe_open
 from tappa.analysis import SHARDS
 from tappa.cluster.pool import Placement
 from tappa.models import local_path
+from tappa.pruning import Windows
+from tappa.pruning.calibration import EVERY
 from tappa.texts import DEFAULT_TOKENS
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def estimate_analysis(
     model: str | None, texts: Sequence[str], tokens: int | None, placement: Placement
 ) -> str:
     """Prompts, shards and the work of reading them."""
-    most = [min(tokens or DEFAULT_TOKENS, len(text)) for text in texts]  # a token has a character
+    most = [min(tokens or DEFAULT_TOKENS, _most_tokens(text)) for text in texts]
     shards = min(len(texts), SHARDS)
     lines = [
         f"{len(texts)} prompts of at most {max(most):,} tokens, in {shards} shards",
@@ -55,6 +57,17 @@ def estimate_grid(
     )
 
 
+def estimate_calibration(model: str | None, windows: Windows, placement: Placement) -> str:
+    """Windows, pieces and the work of reading them."""
+    tokens, pieces = sum(map(len, windows.ids)), -(-len(windows.ids) // EVERY)
+    lines = [
+        f"calibration: {len(windows.ids)} windows in {pieces} pieces",
+        _on_workers(pieces, "pieces", placement),
+        _reading(tokens, model),
+    ]
+    return "\n".join(lines)
+
+
 def parameters_of(model: str | None) -> int | None:
     """Parameters of a model on this machine, from the headers of its files; None elsewhere."""
     path = local_path(model)
@@ -68,6 +81,11 @@ def parameters_of(model: str | None) -> int | None:
             names = list(tensors.keys())
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total
+
+
+def _most_tokens(text: str) -> int:
+    """A token has a byte at least, and one may stand before the text."""
+    return len(text.encode()) + 1
 
 
 def _on_workers(count: int, what: str, placement: Placement) -> str:

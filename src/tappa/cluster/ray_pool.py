@@ -93,6 +93,7 @@ class RayPool(Pool):
         options = {"num_cpus": placement.cpus, "num_gpus": gpus, "max_restarts": 0}
         actor: Any = ray.remote(_Actor)
         self._new: Callable[[], Any] = lambda: actor.options(**options).remote(placement.cpus)
+        self._add_actors(placement.workers)  # at once: each takes seconds to start
 
     def run(self, task: Task, jobs: Mapping[str, Any]) -> Iterator[Finished | Failed]:
         """See Pool."""
@@ -139,9 +140,7 @@ class RayPool(Pool):
     def _hand_out(self, task: Task, waiting: deque[tuple[str, Any]]) -> None:
         """Jobs to idle actors; new actors, as many as are lacking and there is work for."""
         there = len(self._idle) + len(self._tickets)
-        for _ in range(min(self.workers, len(self._tickets) + len(waiting)) - there):
-            actor = self._new()
-            self._tickets[actor.greet.remote()] = _Ticket(actor)
+        self._add_actors(min(self.workers, len(self._tickets) + len(waiting)) - there)
         while self._idle and waiting:
             actor, (name, payload) = self._idle.pop(), waiting.popleft()
             self._tickets[actor.do.remote(task, payload)] = _Ticket(actor, name, payload)
@@ -149,6 +148,11 @@ class RayPool(Pool):
             self._alone_since = time.monotonic()
         elif time.monotonic() - self._alone_since > PATIENCE:
             raise ClusterError(f"no worker has started for {PATIENCE:.0f} seconds")
+
+    def _add_actors(self, count: int) -> None:
+        for _ in range(count):
+            actor = self._new()
+            self._tickets[actor.greet.remote()] = _Ticket(actor)
 
     def _look(self, reference: Any, ticket: _Ticket) -> Finished | str:
         """What a ticket came to: a result, or what went wrong. Raises TappaErrors of tasks."""
