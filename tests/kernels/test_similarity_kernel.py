@@ -105,3 +105,9 @@ def test_autocorrelation_and_season(on_kernels: list[str], monkeypatch: pytest.M
     torch.testing.assert_close(curve, autocorrelation(x, 23), atol=1e-3, rtol=0)
     assert season.tolist() == best_season(x, x[:1], 23).tolist()
     assert int(lag_counts(67, 67, 23)[0]) == 67
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(131072, 256), (32768, 256), (16384, 128), (7, 32)])
+def test_short_prompts_have_short_stretches(tokens: int, steps: int) -> None:
+    """40 heads: 256 programs where the prompt is long enough."""
+    assert Tiles.of(40, tokens) == Tiles(steps=steps)

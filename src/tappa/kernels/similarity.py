@@ -24,6 +24,7 @@ from tappa.kernels.sums import VectorSums
 
 TINY = tl.constexpr(1e-24)  # the square of what torch's normalize takes for 0
 TURN = tl.constexpr(6.283185307179586)
+PROGRAMS = 256  # enough for the processors of a GPU
 SUMS = tl.constexpr(9)  # of every channel: 3 sums of vectors (x, y), norms, and of neighbours
 
 
@@ -235,6 +236,14 @@ class Tiles:
     stages: int = 1
     unroll: int = 2
 
+    @classmethod
+    def of(cls, heads: int, tokens: int) -> "Tiles":
+        """Long stretches, as far as there is work for all processors of a GPU nonetheless."""
+        steps = cls.steps
+        while steps > 32 and heads * tokens < PROGRAMS * cls.rows * steps:
+            steps //= 2
+        return cls(steps=steps)
+
 
 def vector_sums(
     queries: Tensor,
@@ -251,8 +260,8 @@ def vector_sums(
     Channel m is `(x[first][m], x[second][m])`, turned by `position * theta[m]`; no dimension is
     left out. `turn` (2, channels): cosine and sine of theta.
     """
-    tiles, pairs = tiles or Tiles(), len(theta)
     tokens, heads = queries.shape[1], len(queries) + len(keys)
+    tiles, pairs = tiles or Tiles.of(heads, tokens), len(theta)
     programs = max(1, tokens // (tiles.rows * tiles.steps))
     layout = {
         "FIRST": first.start,
