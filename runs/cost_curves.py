@@ -1,7 +1,7 @@
 """Draw cost curves: `cost_curves.py FILE...`, of benchmarks/kernels_gpu.py and gpu/decode.py.
 
-One PNG beside a file for each axis: time over tokens, heads or the budget, logarithmic, with the
-order fitted to the upper half of the sizes.
+One PNG beside a file for each axis: time over tokens, heads or the budget, with the order fitted to
+the upper half of the sizes. Both axes are logarithmic, but for steps, which are to be flat.
 """
 
 import argparse
@@ -41,7 +41,11 @@ def draw(axis: str, curves: dict[str, Any], gpu: str, path: Path) -> None:
         label = f"{name.split(' by ')[0]}: order {order(curve['ms']):.2f}{known}"
         sizes = [int(size) for size in curve["ms"]]
         plot.loglog(sizes, list(curve["ms"].values()), "o-", base=2, label=label)
-    plot.set_yscale("log")
+    if UNITS[axis] == "one decoding step":  # which is to be flat
+        plot.set_yscale("linear")
+        plot.set_ylim(bottom=0)
+    else:
+        plot.set_yscale("log")
     plot.set(xlabel=axis, ylabel=f"milliseconds for {UNITS[axis]}", title=gpu)
     plot.legend(frameon=False)
     figure.savefig(path, dpi=150)
