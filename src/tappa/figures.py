@@ -1,6 +1,7 @@
 """From the sums of a layer to the figures of its heads."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -120,8 +121,8 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
     n = len(used)
     if n < 8 or not np.isfinite(used).all():
         return None, 0.0
-    x = np.linspace(-1, 1, n)
-    rest = used - np.polynomial.Polynomial.fit(x, used, 2)(x)
+    trend = _trends(n)
+    rest = used - trend @ (trend.T @ used)
     total = float(rest @ rest)
     if total <= n * (1e-9 * np.abs(used).max()) ** 2:  # flat, but for rounding
         return None, 0.0
@@ -137,6 +138,12 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
     fitted = basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]
     strength = 1 - float((rest - fitted) @ (rest - fitted)) / total
     return 8 * n / peak, max(strength, 0.0)
+
+
+@lru_cache(maxsize=4)
+def _trends(n: int) -> np.ndarray:
+    """An orthonormal basis (n, 3) of the quadratic trends over n distances."""
+    return np.linalg.qr(np.vander(np.linspace(-1, 1, n), 3))[0]
 
 
 def channel_of(tokens: float | None, theta: list[float]) -> int | None:
@@ -174,11 +181,16 @@ def expected_lag_profile(statistics: LayerStatistics, h: int) -> tuple[np.ndarra
     `sum_m Re(conj(q^m) k^m exp(-i lag theta_m))`, up to a constant and a factor: Theorem 5.3 with
     all channels, so that those which turn within the prompt show, whichever has the most energy.
     """
-    sums, theta = statistics.sums, np.array(statistics.theta)
+    sums = statistics.sums
     counts = sums["lag_counts"].astype(float)
     align = sums["align"][h] @ np.array([1, 1j])
-    turns = np.exp(-1j * np.arange(len(counts))[:, None] * theta)
-    return (turns @ align).real, counts
+    return (_turns(tuple(statistics.theta), len(counts)) @ align).real, counts
+
+
+@lru_cache(maxsize=4)
+def _turns(theta: tuple[float, ...], lags: int) -> np.ndarray:
+    """`exp(-i lag theta_m)`, (lags, channels): the same for all heads of a layer."""
+    return np.exp(-1j * np.arange(lags)[:, None] * np.array(theta))
 
 
 def _bound_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
