@@ -95,7 +95,7 @@ def table(found: dict[str, Any]) -> str:
         "by 2 workers": spread(times["ray_2"]),
         "efficiency of 1 worker (in process ÷ 1 worker)": spread(found["efficiency_1"], 2),
         "efficiency of 2 (in process ÷ 2 × 2 workers)": spread(found["efficiency_2"], 2),
-        "a task that does nothing, there and back": f"{found['empty_task_ms']} ms (mean of {TASKS})",
+        f"a task that does nothing (mean of {TASKS})": f"{found['empty_task_ms']} ms",
         f"sums of a shard on the driver, {driver['sums_mb']} MB: write and flush, read, merge": (
             f"{driver['write_ms']}, {driver['read_ms']} and {driver['merge_ms']} ms (medians of 9)"
         ),
