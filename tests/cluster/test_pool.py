@@ -249,14 +249,18 @@ def test_an_interrupted_calibration_goes_on(source: ModelSource, tmp_path: Path)
 # ---- what is asked for
 
 
-@pytest.mark.parametrize(("gpus", "words"), [(99.0, "expected 99 GPUs"), (1.5, "1.5 GPUs")])
-def test_more_gpus_than_this_machine_has(source: ModelSource, gpus: float, words: str) -> None:
-    placement = Placement(gpus=gpus)
+def test_more_gpus_than_this_machine_has(source: ModelSource) -> None:
     with (
-        pytest.raises(ClusterError, match=words),
-        open_pool(source, placement, Console(file=io.StringIO())),
+        pytest.raises(ClusterError, match="expected 99 GPUs"),
+        open_pool(source, Placement(gpus=99.0), Console(file=io.StringIO())),
     ):
         pass
+
+
+@pytest.mark.parametrize("gpus", [1.5, -1.0, float("nan"), float("inf")])
+def test_gpus_that_nobody_can_give(gpus: float) -> None:
+    with pytest.raises(ClusterError, match="a share of one GPU or a whole number of them"):
+        Placement(gpus=gpus)
 
 
 def test_without_ray_it_says_so(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
