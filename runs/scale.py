@@ -19,6 +19,7 @@ IN_A_LIST = 36  # bytes of one in a list of Python: a pointer and an int
 GPU = 200e12  # FLOP/s that a GPU is assumed to reach in bfloat16
 GPU_FLOAT32 = 30e12  # and in float32, in which statistics are taken
 NETWORK = 1.25e9  # bytes/s: 10 Gbit/s
+ON_DRIVER = 5e-9  # seconds a byte of sums to merge, write and flush, as benchmarks/cluster.py finds
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def many_models(models: int = 1000, text: float = 1e9, prompt: int = 2048) -> No
         gigabytes(size.weights),
         gigabytes(models * size.weights),
     )
+    row("text, to the worker that makes the tokens", gigabytes(text), gigabytes(models * text))
     row(
         "token ids: to the driver, to the workers",
         gigabytes(2 * ID * tokens),
@@ -107,7 +109,9 @@ def many_models(models: int = 1000, text: float = 1e9, prompt: int = 2048) -> No
         gigabytes(models * SHARDS * size.sums),
     )
     row("kept in the end", gigabytes(size.sums), gigabytes(models * size.sums))
-    row("driver: ids as arrays", gigabytes(ID * tokens), "one model at a time")
+    merging = SHARDS * size.sums * ON_DRIVER
+    row("driver: seconds to merge and write sums", f"{merging:.0f}", f"{models * merging:,.0f}")
+    row("driver: text, and ids as arrays", gigabytes(text + ID * tokens), "one model at a time")
     row("worker that makes the tokens: ids in lists", gigabytes(IN_A_LIST * tokens), "")
     each = size.weights / NETWORK
     row("weights at 10 Gbit/s against work of one worker", f"{each:.1f} s of {seconds:,.0f} s", "")

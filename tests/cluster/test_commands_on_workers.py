@@ -195,15 +195,31 @@ def test_more_than_the_cluster_has(run: Run, two: Any, command: Any, name: str) 
     assert "expected room for 2 workers with 1 GPU each, there is room for 0" in message
 
 
-def test_workers_with_other_versions(run: Run, cluster: Any, command: Any, tmp_path: Path) -> None:
-    """The only node with room has another version of transformers."""
-    metadata = tmp_path / "transformers-4.0.0.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "transformers-4.0.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n",
+            "has transformers 4.0.0 instead of 5.",
+        ),
+        (
+            "tappa.py",
+            "raise ModuleNotFoundError('no tappa here')",
+            "a worker cannot start: ModuleNotFoundError: no tappa here",
+        ),
+    ],
+)
+def test_workers_with_other_packages(
+    run: Run, cluster: Any, command: Any, tmp_path: Path, file: str, content: str, words: str
+) -> None:
+    """The only node with room finds others first."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     node = cluster.add_node(num_cpus=6, object_store_memory=STORE, env_vars={"PYTHONPATH": path})
     options = ("--cpus-per-worker", 6, "--ray-address", cluster.address)
     try:
-        assert "has transformers 4.0.0 instead of 5." in refused(run, *command("analyze"), *options)
+        assert words in refused(run, *command("analyze"), *options)
     finally:
         cluster.remove_node(node)

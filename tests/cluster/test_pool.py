@@ -16,12 +16,22 @@ import tappa
 from conftest import Run
 from pools import TEXTS, Elsewhere, broken, raises_until, refused, times_two
 from tappa.analysis import SHARDS, Analysis, shards_of
-from tappa.cluster import Finished, InProcess, ModelSource, Placement, analyze_texts, open_pool
+from tappa.cluster import (
+    Finished,
+    InProcess,
+    ModelSource,
+    Placement,
+    analyze_texts,
+    calibrate_by,
+    open_pool,
+)
 from tappa.cluster.analyze import read_sums, write_sums
 from tappa.cluster.pieces import Pieces
 from tappa.cluster.pool import ATTEMPTS, Failed, call
 from tappa.cluster.progress import following
 from tappa.errors import AnalysisFileError, ClusterError, MissingExtraError, TextError
+from tappa.pruning import Windows, calibrate_on
+from tappa.pruning.calibration import EVERY
 from tiny import save_tiny
 
 
@@ -213,17 +223,44 @@ def test_sums_in_a_file_are_the_sums(whole: Analysis, tmp_path: Path) -> None:
         read_sums(tmp_path / "none")
 
 
+def test_an_interrupted_calibration_goes_on(source: ModelSource, tmp_path: Path) -> None:
+    """By workers, and then by this process; pieces that came too early are used."""
+    model, tokenizer = source.load()
+    windows = Windows.of(model, tokenizer, " ".join(TEXTS), window=31, stride=17)
+    whole, state = calibrate_on(model, windows), tmp_path / "sums.json"
+    pieces = -(-len(windows.ids) // EVERY)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_by(Elsewhere(source, stop=pieces - 2), model, windows, state=state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sums.json.pieces"]
+    other = Windows.of(model, tokenizer, TEXTS[0], window=31, stride=17)
+    with pytest.raises(ClusterError, match="another job: calibration is"):
+        calibrate_by(Elsewhere(source), model, other, state=state)
+    second = Elsewhere(source)
+    found = calibrate_by(second, model, windows, state=state)
+    assert second.done == ["piece 1", "piece 0"]
+    for name in ("cosines", "similarity", "output"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sums.json", "sums.json.progress"]
+    third = Elsewhere(source)
+    calibrate_by(third, model, windows, state=state)
+    assert third.done == []
+
+
 # ---- what is asked for
 
 
-@pytest.mark.parametrize(("gpus", "words"), [(99.0, "expected 99 GPUs"), (1.5, "1.5 GPUs")])
-def test_more_gpus_than_this_machine_has(source: ModelSource, gpus: float, words: str) -> None:
-    placement = Placement(gpus=gpus)
+def test_more_gpus_than_this_machine_has(source: ModelSource) -> None:
     with (
-        pytest.raises(ClusterError, match=words),
-        open_pool(source, placement, Console(file=io.StringIO())),
+        pytest.raises(ClusterError, match="expected 99 GPUs"),
+        open_pool(source, Placement(gpus=99.0), Console(file=io.StringIO())),
     ):
         pass
+
+
+@pytest.mark.parametrize("gpus", [1.5, -1.0, float("nan"), float("inf")])
+def test_gpus_that_nobody_can_give(gpus: float) -> None:
+    with pytest.raises(ClusterError, match="a share of one GPU or a whole number of them"):
+        Placement(gpus=gpus)
 
 
 def test_without_ray_it_says_so(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:

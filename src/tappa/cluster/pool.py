@@ -39,12 +39,21 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Placement:
-    """How many workers, where, and what each of them has."""
+    """How many workers, where, and what each of them has. Raises ClusterError."""
 
     workers: int = 1
     address: str | None = None  # None: processes on this machine; "auto"; HOST:PORT
     gpus: float | None = None  # for each worker; None: one where there are any
     cpus: int = 1  # for each worker: its threads
+
+    def __post_init__(self) -> None:
+        """One GPU can be shared, several cannot."""
+        if self.gpus is not None and not (
+            0 <= self.gpus <= 1 or (self.gpus > 1 and self.gpus.is_integer())
+        ):
+            raise ClusterError(
+                f"expected a share of one GPU or a whole number of them, got {self.gpus:g}"
+            )
 
     @property
     def in_process(self) -> bool:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,6 +82,7 @@ class RayPool(Pool):
         self._idle: list[Any] = []
         self._tickets: dict[Any, _Ticket] = {}
         self._alone_since = time.monotonic()
+        self._lost_starts, self._most_lost_starts = 0, ATTEMPTS * placement.workers
         self._started = _connect(placement)
         try:
             gpus = _gpus(placement, source)
@@ -108,6 +110,7 @@ class RayPool(Pool):
                         ticket = self._tickets.pop(reference)
                         found = self._look(reference, ticket)
                         if ticket.name is None:
+                            self._note_start(found)
                             continue
                         if isinstance(found, Finished):
                             yield found
@@ -125,7 +128,7 @@ class RayPool(Pool):
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
         for actor in [*self._idle, *(ticket.actor for ticket in self._tickets.values())]:
-            ray.kill(actor)
+            _end(actor)
         self._idle.clear()
         self._tickets.clear()
         if self._started:
@@ -140,7 +143,8 @@ class RayPool(Pool):
     def _hand_out(self, task: Task, waiting: deque[tuple[str, Any]]) -> None:
         """Jobs to idle actors; new actors, as many as are lacking and there is work for."""
         there = len(self._idle) + len(self._tickets)
-        self._add_actors(min(self.workers, len(self._tickets) + len(waiting)) - there)
+        if self._lost_starts < self._most_lost_starts:
+            self._add_actors(min(self.workers, len(self._tickets) + len(waiting)) - there)
         while self._idle and waiting:
             actor, (name, payload) = self._idle.pop(), waiting.popleft()
             self._tickets[actor.do.remote(task, payload)] = _Ticket(actor, name, payload)
@@ -154,6 +158,13 @@ class RayPool(Pool):
             actor = self._new()
             self._tickets[actor.greet.remote()] = _Ticket(actor)
 
+    def _note_start(self, found: Finished | str) -> None:
+        """Raise ClusterError where all workers are lost before they start, again and again."""
+        self._lost_starts = 0 if isinstance(found, Finished) else self._lost_starts + 1
+        nobody = not self._tickets and not self._idle
+        if nobody and self._lost_starts >= self._most_lost_starts:
+            raise ClusterError(f"no worker starts: {found}")
+
     def _look(self, reference: Any, ticket: _Ticket) -> Finished | str:
         """What a ticket came to: a result, or what went wrong. Raises TappaErrors of tasks."""
         try:
@@ -165,7 +176,10 @@ class RayPool(Pool):
                 raise cause from None
             return f"{type(cause).__name__}: {first_line(cause)}"
         except RayError as error:  # the worker or its node is gone, or its result is lost
-            ray.kill(ticket.actor)
+            _end(ticket.actor)
+            if getattr(error, "actor_init_failed", False):  # no tappa there, or a broken one
+                reason = str(error).strip().splitlines()[-1]
+                raise ClusterError(f"a worker cannot start: {reason}") from None
             return f"its worker was lost ({type(error).__name__})"
         if ticket.name is None:
             check_versions(versions(), result)
@@ -176,8 +190,14 @@ class RayPool(Pool):
         """After a run that ended early: what its actors are still at is of no use any more."""
         for reference, ticket in list(self._tickets.items()):
             if ticket.name is not None:
-                ray.kill(ticket.actor)
+                _end(ticket.actor)
                 del self._tickets[reference]
+
+
+def _end(actor: Any) -> None:
+    """Kill an actor, whether or not it is there."""
+    with suppress(RayError):
+        ray.kill(actor)
 
 
 def versions() -> dict[str, str]:
@@ -246,7 +266,10 @@ def _connect(placement: Placement) -> bool:
             ray.init(address, **quiet)
     except Exception as error:  # whatever Ray says of a cluster that it cannot reach or use
         where = "on this machine" if address is None else f"at {address}"
-        raise ClusterError(f"cannot use a Ray cluster {where}: {first_line(error)}") from error
+        why = first_line(error).rstrip(".")
+        if address is not None and "RAY_AUTH_MODE" not in os.environ:
+            why += " (one that asks for a token wants RAY_AUTH_MODE=token set here)"
+        raise ClusterError(f"cannot use a Ray cluster {where}: {why}") from error
     return True
 
 
