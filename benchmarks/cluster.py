@@ -40,15 +40,17 @@ def texts() -> list[str]:
     return [packaged_text()[start * 4000 :][:4000] for start in range(TEXTS)]
 
 
-def job(pool: Pool) -> float:
+def job(pool: Pool, tokens: int = TOKENS) -> float:
     """Seconds of the whole analysis into a new folder."""
     with tempfile.TemporaryDirectory() as folder:
-        return seconds(lambda: analyze_texts(pool, texts(), tokens=TOKENS, folder=Path(folder)))
+        return seconds(lambda: analyze_texts(pool, texts(), tokens=tokens, folder=Path(folder)))
 
 
 def in_turns(pools: dict[str, Pool]) -> dict[str, list[float]]:
-    """Seconds of the job by each pool, RUNS times, one after the other; the first warms up."""
-    rounds = [{name: job(pool) for name, pool in pools.items()} for _ in range(RUNS + 1)][1:]
+    """Seconds of the job by each pool, RUNS times, one after the other."""
+    for pool in pools.values():
+        job(pool, 32)  # every worker loads the model
+    rounds = [{name: job(pool) for name, pool in pools.items()} for _ in range(RUNS)]
     return {name: [round(one[name], 3) for one in rounds] for name in pools}
 
 

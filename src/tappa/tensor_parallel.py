@@ -68,14 +68,14 @@ class HeadShards:
 
 def rank_of_torchrun() -> int | None:
     """The number of this process among those of torchrun; None without it, or where it is alone."""
-    if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         return None
-    return int(os.environ["RANK"])
+    return int(os.environ["RANK"]) if int(os.environ["WORLD_SIZE"]) > 1 else None
 
 
 def leave_torchrun() -> None:
     """Let go of the other processes, where there are any: all must be done."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

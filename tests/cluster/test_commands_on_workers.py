@@ -209,6 +209,7 @@ def test_more_than_the_cluster_has(run: Run, two: Any, command: Any, name: str) 
             "a worker cannot start: ModuleNotFoundError: no tappa here",
         ),
     ],
+    ids=["another version", "none"],
 )
 def test_workers_with_other_packages(
     run: Run, cluster: Any, command: Any, tmp_path: Path, file: str, content: str, words: str
