@@ -19,7 +19,7 @@ IN_A_LIST = 36  # bytes of one in a list of Python: a pointer and an int
 GPU = 200e12  # FLOP/s that a GPU is assumed to reach in bfloat16
 GPU_FLOAT32 = 30e12  # and in float32, in which statistics are taken
 NETWORK = 1.25e9  # bytes/s: 10 Gbit/s
-ON_DRIVER = 5e-9  # seconds to merge, write and flush a byte of sums (benchmarks/cluster.py, busy)
+ON_DRIVER = 2.7e-9  # seconds to merge, write and flush a byte of sums (benchmarks/cluster.py)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class VerificationError(TappaError):
 
 
 class NonFiniteError(CaptureError):
-    """NaN or infinity in the queries or keys of a layer."""
+    """NaN or infinity in the queries or keys of a layer, or NaN among logits."""
 
 
 class ReportError(TappaError):

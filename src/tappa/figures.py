@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from tappa.layer_statistics import LayerStatistics
 from tappa.rope import period
@@ -134,8 +133,8 @@ def lag_period(mean: np.ndarray, counts: np.ndarray) -> tuple[float | None, floa
         a, b, c = np.log(power[top - 1 : top + 2] + 1e-300)
         peak += float(0.5 * (a - c) / (a - 2 * b + c)) if a - 2 * b + c else 0.0
     angle = 2 * np.pi * peak / (8 * n) * np.arange(n)
-    basis = np.stack([np.cos(angle), np.sin(angle)], 1)
-    fitted = basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]
+    basis = np.stack([np.cos(angle), np.sin(angle)])
+    fitted = np.linalg.pinv(basis @ basis.T, hermitian=True) @ (basis @ rest) @ basis
     strength = 1 - float((rest - fitted) @ (rest - fitted)) / total
     return 8 * n / peak, max(strength, 0.0)
 
@@ -199,7 +198,7 @@ def _bound_figures(sums: dict[str, np.ndarray], h: int) -> Figures:
         "bounds_checked": int(sums["checked"][h].sum()),
         "bound_violations": int(sums["violations"][h].sum()),
     } | {
-        f"tightness_{name}": _finite(median_tightness(torch.tensor(sums["tightness"][h, b])))
+        f"tightness_{name}": _finite(median_tightness(sums["tightness"][h, b]))
         for b, name in enumerate(BOUNDS)
     }
 

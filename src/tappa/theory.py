@@ -6,6 +6,7 @@ A `Layer` holds post-RoPE queries and keys of one prompt and the same vectors be
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64, Real
 from torch import Tensor
@@ -154,15 +155,16 @@ class BoundCheck:
         return [BoundCheck(*part) for part in zip(*parts, strict=True)]
 
 
-def median_tightness(histogram: Real[Tensor, " bins"]) -> float:
+def median_tightness(histogram: Real[Tensor, " bins"] | Real[np.ndarray, " bins"]) -> float:
     """Median of bound / actual from its histogram, to within a bin (19%); NaN if it is empty."""
-    total = float(histogram.sum())
+    counts = np.asarray(histogram)
+    total = float(counts.sum())
     if total == 0:
         return float("nan")
-    cumulative = histogram.cumsum(0)
+    cumulative = counts.cumsum()
     index = int((cumulative < total / 2).sum())
     before = float(cumulative[index - 1]) if index else 0.0
-    within = (total / 2 - before) / float(histogram[index])
+    within = (total / 2 - before) / float(counts[index])
     return float(2.0 ** ((index + within) / BINS_PER_DOUBLING))
 
 

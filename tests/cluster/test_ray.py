@@ -219,6 +219,21 @@ def test_an_address_that_does_not_answer(source: ModelSource) -> None:
         ray_pool.RayPool(source, Placement(2, address))
 
 
+def test_the_private_ray_of_another_command_is_no_cluster(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end with that command."""
+    ended: list[bool] = []
+    monkeypatch.setattr(ray_pool.ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(
+        ray_pool.ray, "cluster_resources", lambda: {"CPU": 2.0, ray_pool.PRIVATE: 1}
+    )
+    monkeypatch.setattr(ray_pool.ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(ClusterError, match="found at auto is that of another command"):
+        ray_pool.RayPool(source, Placement(2, "auto"))
+    assert ended == [True]
+
+
 def test_versions_are_compared_by_name() -> None:
     ours = ray_pool.versions()
     assert {"python", "torch", "ray", "host"} <= ours.keys()

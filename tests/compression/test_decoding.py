@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import tappa
 from tappa.compression import (
@@ -22,7 +22,7 @@ from tappa.compression import (
     stacking,
 )
 from tappa.compression.fixed import FixedKV
-from tappa.errors import CompressionError
+from tappa.errors import CompressionError, NonFiniteError
 from tiny import tiny_model as make_tiny
 
 tiny_model: Callable[..., Any] = make_tiny
@@ -262,3 +262,43 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     found = ids[:, 5].bincount(minlength=101) / rows
     assert (found - expected).abs().sum() < 0.35  # of two distributions at most 2
     assert len(set(ids[:, 6].tolist())) > 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": PROMPT[0]}, "expected token ids of shape"),
+        ({"input_ids": PROMPT.float()}, "expected token ids of shape"),
+        ({"input_ids": PROMPT.tolist()}, "expected token ids as a tensor"),
+        ({"input_ids": PROMPT + 90}, "expected ids from 0 to 100, got 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens of at least 1, got 2.0"),
+        ({"temperature": -1.0}, "temperature from 0 on, got -1.0"),
+        ({"temperature": float("nan")}, "temperature from 0 on, got nan"),
+        ({"attention_mask": torch.ones(1, 3, dtype=torch.int64)}, "mask of the ids' shape"),
+        ({"attention_mask": (PROMPT > 0).long().index_fill(1, torch.tensor([210]), 0)}, "the left"),
+        ({"attention_mask": (PROMPT > 0).long().index_fill(1, torch.tensor([50]), 0)}, "the left"),
+        ({"compiled": True}, "compiled steps need a GPU"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_cannot_be_written_on(given: dict[str, Any], message: str) -> None:
+    cache = compressed(tiny_model("llama"), "tappa", 40)
+    arguments: dict[str, Any] = {"input_ids": PROMPT, "max_new_tokens": 5, **given}
+    with pytest.raises(CompressionError, match=message) as caught:
+        generate(cache, **arguments)
+    assert "\n" not in str(caught.value)
+    assert cache.tokens_seen == 0
+
+
+def test_only_our_own_cache_can_be_written_on() -> None:
+    other: Any = DynamicCache()
+    with pytest.raises(CompressionError, match=r"a cache of tappa\.compressed, got a DynamicCache"):
+        generate(other, PROMPT, 5)
+
+
+def test_nan_weights_are_told() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN among the logits"):
+        generate(compressed(model, "tappa", 40), PROMPT, 5)

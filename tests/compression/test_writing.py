@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tappa.compression import check_method, compressed, parse_budget, takes_over, write_on
-from tappa.errors import CompressionError, TextError
+from tappa.errors import CompressionError, NonFiniteError, TextError
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPT = "Vanity and pride are different things, Mary said, though often confused. " * 2
@@ -135,3 +135,11 @@ def test_bytes_of_all_tokens_do_not_depend_on_what_is_held() -> None:
     for cache in caches:
         model(ids, past_key_values=cache)
     assert caches[0].full_nbytes == caches[0].nbytes == caches[1].full_nbytes > caches[1].nbytes
+
+
+@pytest.mark.parametrize("graph", [None, True])
+def test_nan_weights_write_nothing(graph: bool | None) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN among the logits"):
+        write_on(compressed(model, "tappa", 23, **SMALL), tokenizer, PROMPT, 5, graph=graph)

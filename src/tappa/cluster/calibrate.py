@@ -43,11 +43,14 @@ def calibrate_windows(
 ) -> Calibration:
     """`calibrate_on`, in process or by workers; `model` is what the source loads."""
     if placement.in_process:
-        return calibrate_on(
+        found = calibrate_on(
             *(model, windows),
             state=state,
             progress=lambda done, total: follow(done, total, 0, 0),
         )
+        if state is not None:  # what workers may have left is in it now
+            shutil.rmtree(_folder(state), ignore_errors=True)
+        return found
     with open_pool(source, placement, console) as pool:
         return calibrate_by(pool, model, windows, state=state, follow=follow)
 
@@ -68,7 +71,7 @@ def calibrate_by(
     """
     identity = identity_of(model, windows)
     parts = [windows.ids[i : i + EVERY] for i in range(0, len(windows.ids), EVERY)]
-    folder = None if state is None else state.with_name(state.name + ".pieces")
+    folder = None if state is None else _folder(state)
     known = None
     if state is not None and state.is_file():
         known = resume(state, identity, model, windows)
@@ -90,6 +93,11 @@ def calibrate_by(
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def _folder(state: Path) -> Path:
+    """Of pieces that are done before earlier ones."""
+    return state.with_name(state.name + ".pieces")
 
 
 def _calibrate_piece(worker: Worker, piece: _Piece) -> Calibration:

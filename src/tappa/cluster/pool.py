@@ -48,6 +48,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         """One GPU can be shared, several cannot."""
+        if self.address == "":
+            raise ClusterError("expected the address auto or HOST:PORT of a cluster, got ''")
         if self.gpus is not None and not (
             0 <= self.gpus <= 1 or (self.gpus > 1 and self.gpus.is_integer())
         ):

@@ -42,6 +42,7 @@ PACKAGES = ("tappa", "torch", "transformers", "tokenizers", "numpy", "lm_eval", 
 PATIENCE = 300.0  # seconds that a run waits while no worker at all is there
 TICK = 0.5  # seconds between looks at the interrupt
 CONNECT = 5.0  # seconds
+PRIVATE = "tappa_private"  # marks a cluster of our own, which ends with its command
 STORE = 512 * 2**20  # bytes of shared memory for results on their way, if the cluster is our own
 
 
@@ -258,6 +259,7 @@ def _connect(placement: Placement) -> bool:
             ray.init(
                 "local",
                 num_cpus=cpus,
+                resources={PRIVATE: 1},
                 object_store_memory=STORE,
                 include_dashboard=False,
                 **quiet,
@@ -265,11 +267,17 @@ def _connect(placement: Placement) -> bool:
         else:
             ray.init(address, **quiet)
     except Exception as error:  # whatever Ray says of a cluster that it cannot reach or use
-        where = "on this machine" if address is None else f"at {address}"
-        why = first_line(error).rstrip(".")
+        where = "on this machine" if address in (None, "auto") else f"at {address}"
+        why = first_line(error).rstrip(".").replace("`--address`", "`--ray-address`")
         if address is not None and "RAY_AUTH_MODE" not in os.environ:
             why += " (one that asks for a token wants RAY_AUTH_MODE=token set here)"
         raise ClusterError(f"cannot use a Ray cluster {where}: {why}") from error
+    if address is not None and PRIVATE in ray.cluster_resources():
+        ray.shutdown()
+        raise ClusterError(
+            f"the Ray found at {address} is that of another command and ends with it: start one "
+            "with 'ray start --head', or leave the address out"
+        )
     return True
 
 

@@ -1,5 +1,6 @@
 """Write on from a compressed cache: `generate`, which decides how steps are run."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
+from tappa.compression.options import check_ids
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
-from tappa.errors import CompressionError
+from tappa.errors import CompressionError, NonFiniteError
 from tappa.tensor_parallel import HeadShards
 
 Ids = Int[Tensor, "rows tokens"]
@@ -41,16 +43,21 @@ def generate(
 
     The cache may have read the prompts already, all but one token at least. `temperature` 0 takes
     the most probable token, else tokens are drawn. A row ends with the `eos_token_id` of the
-    model's generation config, or where `stop`, which sees all ids every few steps, says so. `show`
-    is given the new tokens every few steps.
+    model's generation config, or where `stop`, a function of all ids (rows, tokens) that is called
+    every few steps, returns True for it. `show` is given the new tokens every few steps.
 
     With `graph` True, steps run on buffers of a fixed size, as a CUDA graph where there is a GPU;
     CompressionError tells why where that cannot be. With False they run one by one through the
     cache. By default a GPU gets the graph where it can, and where it pays: from 17 tokens on.
     `compiled` has torch.compile fuse the small operations of a step: faster, after a minute or so
     at the first prompt.
+
+    Raises CompressionError for what cannot be written on, NonFiniteError for NaN among the logits.
     """
+    _check(cache, input_ids, attention_mask, max_new_tokens, temperature)
     device = next(cache.model.parameters()).device
+    if compiled and device.type != "cuda" and not graph:
+        raise CompressionError("compiled steps need a GPU")
     ids = input_ids.to(device)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
     with torch.inference_mode():
@@ -76,6 +83,32 @@ def generate(
                 decoder.finished |= stop(torch.cat([ids, *known, decoder.written[:, :done]], 1))
         steps.finish(run - done)
         return torch.cat([ids, *known, decoder.written[:, :done]], 1)
+
+
+def _check(
+    cache: CompressedCache, ids: Ids, mask: Ids | None, new: int, temperature: float
+) -> None:
+    """Refuse what would fail later, or write something else. Raises CompressionError."""
+    if not isinstance(cache, CompressedCache):
+        kind = type(cache).__name__
+        raise CompressionError(f"expected a cache of tappa.compressed, got a {kind}")
+    check_ids(ids)
+    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+        raise CompressionError(f"expected max_new_tokens of at least 1, got {new!r}")
+    if not 0 <= temperature < math.inf:
+        raise CompressionError(f"expected a temperature from 0 on, got {temperature!r}")
+    least, most = ids.min().item(), ids.max().item()
+    vocabulary = int(cache.model.config.get_text_config().vocab_size)
+    if least < 0 or most >= vocabulary:
+        at = least if least < 0 else most
+        raise CompressionError(f"expected ids from 0 to {vocabulary - 1}, got {at}")
+    if mask is None:
+        return
+    if mask.shape != ids.shape:
+        shapes = f"{tuple(mask.shape)} for ids of shape {tuple(ids.shape)}"
+        raise CompressionError(f"expected an attention mask of the ids' shape, got {shapes}")
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise CompressionError("expected prompts padded on the left, with no padding after a token")
 
 
 def takes_over(model: PreTrainedModel, graph: bool | None = None) -> bool:
@@ -165,6 +198,8 @@ def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Te
         past_key_values=cache,
         logits_to_keep=1,
     ).logits
+    if bool(logits[:, -1].isnan().any()):
+        raise NonFiniteError("NaN among the logits of the first new token: look at the weights")
     return choose_tokens(logits[:, -1], temperature)
 
 

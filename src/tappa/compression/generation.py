@@ -14,6 +14,7 @@ from tappa.analysis import Analysis, describe
 from tappa.compression.budgets import Evidence, Rule
 from tappa.compression.cache import CompressedCache, Recorded
 from tappa.compression.methods import Method, method_named
+from tappa.compression.options import check_ids
 from tappa.errors import CompressionError
 
 
@@ -118,7 +119,7 @@ def compress_context(
 
     With `chunk`, it is read in pieces of that many tokens. Other arguments as in `compressed`.
     """
-    _check_ids(input_ids)
+    check_ids(input_ids)
     if chunk is not None and chunk < 1:
         raise CompressionError(f"expected a chunk of at least 1 token, got {chunk}")
     cache = compressed(model, method, budget, **options)
@@ -177,7 +178,7 @@ _OF_CACHE = ("analysis", "every")  # options of `compressed` that no method has
 
 def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
     """Read a prompt (or several of the same length) once, for `Recording.compress`."""
-    _check_ids(input_ids)
+    check_ids(input_ids)
     full = compressed(model, "full")
     queries: list[Recorded] = []
     full.recorder = lambda query, rotary: queries.append((query, rotary))
@@ -186,15 +187,6 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Rec
         model(input_ids.to(device), past_key_values=full, logits_to_keep=1)
     full.recorder = None
     return Recording(full, queries)
-
-
-def _check_ids(input_ids: Tensor) -> None:
-    whole = not (input_ids.is_floating_point() or input_ids.is_complex())
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or not whole:
-        raise CompressionError(
-            f"expected token ids of shape (rows, tokens), got {input_ids.dtype} of shape "
-            f"{tuple(input_ids.shape)}"
-        )
 
 
 def _checked(budget: int | float | None, method: Method) -> int | float:

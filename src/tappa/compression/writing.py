@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
-from tappa.errors import CompressionError, TextError
+from tappa.errors import CompressionError, NonFiniteError, TextError
 from tappa.models import context_length
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -105,9 +106,18 @@ def _by_transformers(
         past_key_values=cache,
         max_new_tokens=new,
         streamer=clock,
+        logits_processor=LogitsProcessorList([_RefuseNaN()]),
         pad_token_id=pad,
         **GREEDY,
     )
+
+
+class _RefuseNaN(LogitsProcessor):
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Called by transformers with the logits of every step."""
+        if bool(scores.isnan().any()):
+            raise NonFiniteError("NaN among the logits of a new token: look at the weights")
+        return scores
 
 
 class _Clock(BaseStreamer):
