@@ -291,6 +291,7 @@ def test_what_cannot_be_written_on(given: dict[str, Any], message: str) -> None:
     assert cache.tokens_seen == 0
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_only_our_own_cache_can_be_written_on() -> None:
     other: Any = DynamicCache()
     with pytest.raises(CompressionError, match=r"a cache of tappa\.compressed, got a DynamicCache"):
