@@ -167,7 +167,10 @@ class CompressedLayer(CacheLayerMixin):
         heads = torch.arange(len(ranks), dtype=torch.int16, device=ranks.device)
         heads = heads[:, None].expand_as(ranks).flatten()
         self.ranked[row] = Fetched(torch.empty_like(heads).scatter_(0, ranks.flatten(), heads))
-        return self.shards.mine(ranks)[:, : scores.shape[1]]
+        mine = self.shards.mine(ranks)[:, : scores.shape[1]]
+        if self.shards.ranks > 1:  # in the same order, among the tokens of this rank
+            mine = mine.flatten().argsort().argsort().view_as(scores)
+        return mine
 
     def cut(self, row: int, limits: list[int]) -> None:
         """Drop tokens of a row until each KV head (or all together) is within its limit."""
@@ -182,6 +185,7 @@ class CompressedLayer(CacheLayerMixin):
             first = heads.get()[: min(limits[0], most)]
             counts = first.bincount(minlength=held.kv_heads * self.shards.ranks).tolist()
             counts = self.shards.mine(counts)
+            limits = [sum(counts)]
         held.keep_ranked(row, limits, counts)
         self.complete = False
         self.dropped_at = self.seen
