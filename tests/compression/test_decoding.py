@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -209,7 +211,11 @@ def test_a_compiled_step_serves_every_prompt() -> None:
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
-    assert done.stdout.splitlines() == ["True 1", "True 1", "True 2"]
+    same, counts = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert same == ("True", "True", "True")
+    assert counts[0] == counts[1]
+    if Version(transformers.__version__) >= Version("5.3"):  # before, its code made several graphs
+        assert counts == ("1", "1", "2")
 
 
 def test_stop_and_show_see_all_tokens() -> None:
