@@ -172,7 +172,8 @@ class PromptLayer:
         votes = torch.zeros(len(self.season), self.settings.lags, dtype=torch.int64)
         votes[torch.arange(len(self.season)), self.season] = self.profile.rows
         sums["season_votes"] = votes
-        sent, layer, scale = _fetch(sums | {"theta": self.rotary.theta}), self.layer, self.scale
+        sums["theta"], layer, scale = self.rotary.theta, self.layer, self.scale
+        sent = _fetch(sums, self.profile.column_mass.device)
 
         def statistics() -> LayerStatistics:
             arrays = sent()
@@ -218,11 +219,13 @@ def _unit_vectors(view: LayerView) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
-def _fetch(sums: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
-    """Send all that is on a GPU in one piece; the function returned waits for it."""
-    there = {n: x.contiguous().view(-1).view(torch.uint8) for n, x in sums.items() if x.is_cuda}
-    if not there:
-        return lambda: {name: x.numpy() for name, x in sums.items()}
+def _fetch(sums: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, np.ndarray]]:
+    """Send all that is on a device in one piece; the function returned waits for it.
+
+    The others are on the CPU.
+    """
+    chosen = {name: x.contiguous() for name, x in sums.items() if x.device == device}
+    there = {name: x.view(-1).view(torch.uint8) for name, x in chosen.items()}
     sent = Fetched(torch.cat([*there.values()]))
 
     def arrays() -> dict[str, np.ndarray]:

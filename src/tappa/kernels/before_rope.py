@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TINY = tl.constexpr(1e-24)  # the square of what torch's normalize takes for 0
+from tappa.kernels.similarity import TINY, TURN
+
 STEPS, PROGRAMS = 32, 64  # steps of a tile, and programs of each head
 
 
@@ -119,8 +120,8 @@ def _changes(
     m, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     base = queries + head.to(tl.int64) * head_stride
     u = tl.load(shifts + which)
-    turns = u.to(tl.float64) * tl.load(theta + m, mask=m < PAIRS, other=0.0) / 6.283185307179586
-    angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)[None, :]
+    turns = u.to(tl.float64) * tl.load(theta + m, mask=m < PAIRS, other=0.0) / TURN
+    angle = ((turns - tl.floor(turns + 0.5)) * TURN).to(tl.float32)[None, :]
     c, s = tl.cos(angle), tl.sin(angle)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(program * ROWS, steps - u, programs * ROWS):
