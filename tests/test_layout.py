@@ -11,6 +11,7 @@ ORDER = [
     "files",
     "interrupts",
     "fetching",
+    "cache_argument",
     "tensor_parallel",
     "texts",
     "checkpoint",

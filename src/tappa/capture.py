@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tappa.attention_profile import Attention
+from tappa.cache_argument import with_cache
 from tappa.errors import CaptureError, ModelError
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
@@ -132,8 +133,8 @@ class _Session:
             input_ids=ids,
             attention_mask=mask,
             position_ids=self.positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **with_cache(self.model, cache),
             **({"logits_to_keep": self.logits_to_keep} if keep else {}),
         )
         if not self.layers_seen:

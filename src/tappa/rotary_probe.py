@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tappa.cache_argument import NAMES
 from tappa.errors import CaptureError, ModelError
 from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
 
-CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past"}
+CACHE_ARGUMENTS = {*NAMES, "past_key_value", "layer_past"}
 POSITION_ARGUMENTS = {"position_ids", "cache_position"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tappa.analysis import Analysis, describe
+from tappa.cache_argument import with_cache
 from tappa.compression.budgets import Evidence, Rule
 from tappa.compression.cache import CompressedCache, Recorded
 from tappa.compression.methods import Method, method_named
@@ -33,7 +34,7 @@ def compressed(
             model.generate(**inputs, max_new_tokens=200)
 
         cache = tappa.compressed(model, "snapkv", 0.1)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
     `budget` is the number of tokens that each layer and KV head holds on average, or, as a float up
     to 1, a share of the prompt. `method` is a name of `tappa methods`, two of them as "a+b" (scores
@@ -79,7 +80,7 @@ class CompressedContext:
     """A text in a compressed cache, to be asked many questions: each on a copy of its own.
 
     context = tappa.compress_context(model, ids, "expected_attention", 512)
-    model.generate(torch.cat([ids, question], 1), past_key_values=context.cache())
+    model.generate(torch.cat([ids, question], 1), cache=context.cache())
     """
 
     def __init__(self, cache: CompressedCache) -> None:
@@ -129,7 +130,7 @@ def compress_context(
         for end in range(size, input_ids.shape[1] + size, size):
             piece = input_ids[:, end - size : end].to(device)
             mask = None if attention_mask is None else attention_mask[:, :end].to(device)
-            model(piece, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+            model(piece, attention_mask=mask, logits_to_keep=1, **with_cache(model, cache))
     cache.frozen = True
     return CompressedContext(cache)
 
@@ -139,7 +140,7 @@ class Recording:
 
         recording = tappa.record(model, ids)
         for cache in recording.compress("snapkv", [128, 256, 512]):
-            model(next_ids, past_key_values=cache)
+            model(next_ids, cache=cache)
 
     Holds the queries, keys and values of all layers. What a cache keeps is what `compressed` keeps
     when it reads the prompt in one piece.
@@ -184,7 +185,7 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Rec
     full.recorder = lambda query, rotary: queries.append((query, rotary))
     with torch.inference_mode():
         device = next(model.parameters()).device
-        model(input_ids.to(device), past_key_values=full, logits_to_keep=1)
+        model(input_ids.to(device), logits_to_keep=1, **with_cache(model, full))
     full.recorder = None
     return Recording(full, queries)
 
