@@ -12,6 +12,7 @@ ORDER = [
     "interrupts",
     "fetching",
     "cache_argument",
+    "adapters",
     "tensor_parallel",
     "texts",
     "checkpoint",

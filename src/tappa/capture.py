@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tappa.adapters import unwrapped
 from tappa.attention_profile import Attention
 from tappa.cache_argument import with_cache
 from tappa.errors import CaptureError, ModelError
@@ -68,7 +69,7 @@ Consumer = Callable[[LayerView], None]
 
 
 def prefill(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Int[Tensor, "batch tokens"],
     consume: Consumer,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
@@ -85,6 +86,7 @@ def prefill(
     Raises:
         CaptureError: the model's attention is not what the analysis understands.
     """
+    model = unwrapped(model)
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)
     if attention_mask is not None and bool(attention_mask.all()):
