@@ -21,6 +21,7 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
+    "without_weights",
     "rotary_probe",
     "capture",
     "channels",

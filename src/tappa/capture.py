@@ -155,7 +155,7 @@ class _Session:
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: show the layer to `consume`, then call it."""
         if self.probe.probing:
-            return self.probe.answer(query, value)
+            return self.probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         output = kernel(module, query, key, value, attention_mask, **kwargs)
         self._show(module, query, key, attention_mask, kwargs)
