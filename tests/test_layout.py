@@ -12,6 +12,7 @@ ORDER = [
     "interrupts",
     "fetching",
     "tensor_parallel",
+    "head_counts",
     "texts",
     "checkpoint",
     "models",

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tappa.attention_profile import Attention
 from tappa.errors import CaptureError, ModelError
+from tappa.head_counts import shares_keys
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -134,7 +135,7 @@ class _Session:
             position_ids=self.positions,
             past_key_values=cache,
             use_cache=cache is not None,
-            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
+            **({"logits_to_keep": self._kept(tokens)} if keep else {}),
         )
         if not self.layers_seen:
             raise ModelError(
@@ -143,6 +144,15 @@ class _Session:
             )
         self.start += tokens
         return out
+
+    def _kept(self, tokens: int) -> int | Tensor:
+        """Whose logits are wanted, as the model is told.
+
+        By their places, where a number would make layers that read others' keys leave out the rest.
+        """
+        if not self.logits_to_keep or not shares_keys(self.model):
+            return self.logits_to_keep
+        return torch.arange(max(tokens - self.logits_to_keep, 0), tokens)
 
     def attend(
         self,
@@ -166,7 +176,9 @@ class _Session:
     ) -> None:
         attention = attention_of(module, query, kwargs)
         rotary = self._rotary(module)
-        layer = int(cast(int, module.layer_idx))
+        layer, tokens = int(cast(int, module.layer_idx)), self.positions.shape[1]
+        if query.shape[2] != tokens:
+            raise CaptureError(f"layer {layer}: expected {tokens} queries, got {query.shape[2]}")
         if layer in self.layers_seen:
             raise ModelError(
                 f"layer {layer} ({type(module).__name__}) attends more than once in a forward "
