@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.texts import encode_texts, packaged_text
 
 RUNS = 5
@@ -17,14 +18,14 @@ STEPS = 500
 
 def read(model: PreTrainedModel, ids: Tensor, cache: Any) -> Any:
     """Prefill: all tokens of a prompt into a cache."""
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **with_cache(model, cache), logits_to_keep=1)
     return cache
 
 
 def write(model: PreTrainedModel, cache: Any) -> None:
     """Decode: the same made-up tokens, one by one."""
     for step in range(STEPS):
-        model(torch.tensor([[100 + step]]), past_key_values=cache)
+        model(torch.tensor([[100 + step]]), **with_cache(model, cache))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import Method
 from tappa.compression.scorers import Scores, TokenView
 
@@ -34,7 +35,7 @@ def ours(model: PreTrainedModel, ids: Tensor, method: Method, budget: int) -> Ru
     spied = replace(method, scorer=replace(method.scorer, score=score))
     cache = tappa.compressed(model, spied, budget)
     with torch.inference_mode():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **with_cache(model, cache), logits_to_keep=1)
     assert len(seen) == len(cache.layers), "a layer was scored more than once"
     heads = range(seen[0].shape[0])
     kept = [[cache.positions_held(i, head) for head in heads] for i in range(len(seen))]
@@ -55,7 +56,7 @@ def theirs(model: PreTrainedModel, ids: Tensor, press: ScorerPress) -> Run:
     press.score = score
     cache = DynamicCache()
     with torch.inference_mode(), press(model):
-        model.model(ids, past_key_values=cache)
+        model.model(ids, **with_cache(model.model, cache))
     kept = [
         positions_of(layer.keys[0], full[0])
         for layer, full in zip(cache.layers, before, strict=True)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, Method, budgets
 from tappa.compression.methods import METHODS
 from tappa.compression.scorers import window_mean
@@ -50,10 +51,10 @@ def held_by(model: PreTrainedModel, press, ids: Tensor = PROMPT) -> list[Tensor]
     cache = DynamicCache()
     with torch.inference_mode():
         if press is None:
-            model.model(ids, past_key_values=cache)
+            model.model(ids, **with_cache(model.model, cache))
         else:
             with press(model):
-                model.model(ids, past_key_values=cache)
+                model.model(ids, **with_cache(model.model, cache))
     return [layer.keys for layer in cache.layers]
 
 
@@ -67,7 +68,7 @@ def read(model: PreTrainedModel, method: Method | str, budget, ids: Tensor = PRO
     """A compressed cache after one prompt."""
     cache = tappa.compressed(model, method, budget)
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     return cache
 
 
@@ -122,7 +123,7 @@ def test_scorer_of_in_a_context_that_is_asked_questions(smollm2, ids):
     written = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=context.cache(),
+        **with_cache(model, context.cache()),
         max_new_tokens=8,
         do_sample=False,
     )
@@ -160,7 +161,7 @@ def test_a_press_scores_whole_prompts_only(tiny):
         tiny.generate(
             PROMPT,
             attention_mask=torch.ones_like(PROMPT),
-            past_key_values=cache,
+            **with_cache(tiny, cache),
             max_new_tokens=9,
             eos_token_id=None,
         )
@@ -222,11 +223,11 @@ def test_a_failed_pass_leaves_nothing_behind(tiny):
     broken = tiny.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with press(tiny):
         with pytest.raises(ZeroDivisionError):
-            tiny.model(PROMPT, past_key_values=DynamicCache())
+            tiny.model(PROMPT, **with_cache(tiny.model, DynamicCache()))
         broken.remove()
         cache = DynamicCache()
         with torch.inference_mode():
-            tiny.model(PROMPT, past_key_values=cache)
+            tiny.model(PROMPT, **with_cache(tiny.model, cache))
     expected = held_by(tiny, press_again)
     assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, expected, strict=True))
 
@@ -241,12 +242,12 @@ def test_many_new_tokens_at_once_as_one_by_one(kernel):
         cache = DynamicCache()
         with torch.inference_mode():
             with TappaPress(SnapKVPress(window_size=8), 0.6)(model):
-                model.model(PROMPT, past_key_values=cache)
+                model.model(PROMPT, **with_cache(model.model, cache))
             assert len({layer.keys.shape[2] for layer in cache.layers}) > 1
             for part, places in zip(
                 question.split(size, 1), torch.arange(120, 127)[None].split(size, 1), strict=True
             ):
-                out = model(part, past_key_values=cache, position_ids=places)
+                out = model(part, **with_cache(model, cache), position_ids=places)
         logits.append(out.logits[:, -1])
     torch.testing.assert_close(logits[1], logits[0])
     torch.testing.assert_close(logits[2], logits[0])

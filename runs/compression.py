@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import METHODS, CompressedCache, parse_method
 from tappa.texts import packaged_text
 
@@ -81,7 +82,7 @@ class Question:
         """Log-probabilities of each following token."""
         cache.frozen = True
         with torch.inference_mode():
-            logits = self.model(self.tail, past_key_values=cache).logits
+            logits = self.model(self.tail, **with_cache(self.model, cache)).logits
         return logits[0, :-1].float().log_softmax(-1)
 
     def right(self, logits: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 import tappa.cli
+from tappa.cache_argument import with_cache
 from tappa.errors import ModelError
 from tappa.pruning import calibrate
 from tappa.report.looking import look
@@ -26,9 +27,9 @@ def kept(model: PreTrainedModel, method: str, heads: range) -> list[list[list[in
     ids = torch.arange(PROMPT)[None] * 7 % 90 + 5
     cache = tappa.compressed(model, method.split()[0], BUDGET, every=2, **options)
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
         for step in range(NEW):
-            model(torch.tensor([[11 + step]]), past_key_values=cache)
+            model(torch.tensor([[11 + step]]), **with_cache(model, cache))
     layers = range(len(cache.layers))
     return [[cache.positions_held(layer, head) for head in heads] for layer in layers]
 

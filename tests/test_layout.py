@@ -11,6 +11,8 @@ ORDER = [
     "files",
     "interrupts",
     "fetching",
+    "cache_argument",
+    "adapters",
     "tensor_parallel",
     "head_counts",
     "texts",

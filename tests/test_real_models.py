@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.models import LoadedModel
 from tappa.patterns import LABELS, spearman
 from tappa.texts import encode_texts, packaged_text
@@ -57,7 +58,7 @@ def test_another_model(name: str) -> None:
     model, tokenizer = tappa.load(name, device="cpu")
     ids = torch.tensor(encode_texts(tokenizer, [packaged_text()], 256))
     with torch.inference_mode():
-        before = model(ids, past_key_values=DynamicCache()).logits
+        before = model(ids, **with_cache(model, DynamicCache())).logits
     analysis = tappa.analyze(model, tokenizer, packaged_text(), tokens=256)
     config = model.config.get_text_config()
     assert len(analysis.heads) == config.num_hidden_layers * config.num_attention_heads
@@ -67,7 +68,7 @@ def test_another_model(name: str) -> None:
     assert rank > 0.6
     with torch.inference_mode():
         whole = tappa.compressed(model, "tappa", 256)
-        assert torch.equal(model(ids, past_key_values=whole).logits, before)
+        assert torch.equal(model(ids, **with_cache(model, whole)).logits, before)
         cache = tappa.compressed(model, "tappa", 64)
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     assert 0.98 * 64 < cache.tokens_held() <= 64

@@ -14,6 +14,7 @@ from llama import gpu, kernels, llama, milliseconds, peak_gb, spread
 from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache
 
 BUDGET = 1024
@@ -25,12 +26,12 @@ def readers(model: PreTrainedModel, kvpress: bool) -> dict[str, Callable[[torch.
 
     def full(ids: torch.Tensor) -> DynamicCache:
         cache = DynamicCache(config=model.config)
-        run(ids, past_key_values=cache, logits_to_keep=1)
+        run(ids, **with_cache(run, cache), logits_to_keep=1)
         return cache
 
     def compressed(ids: torch.Tensor) -> CompressedCache:
         cache = tappa.compressed(model, "tappa", BUDGET)
-        run(ids, past_key_values=cache, logits_to_keep=1)
+        run(ids, **with_cache(run, cache), logits_to_keep=1)
         return cache
 
     def by_press(ids: torch.Tensor) -> DynamicCache:

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tappa.adapters import unwrapped
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import first_line
 from tappa.errors import AnalysisFileError, TextError
@@ -137,7 +139,7 @@ def _read_layer(content: dict[str, Any]) -> LayerStatistics:
 
 
 def analyze(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],
     *,
@@ -158,6 +160,7 @@ def analyze(
     Raises:
         TextError, ModelError, CaptureError, NonFiniteError: one line that says what is wrong.
     """
+    model = unwrapped(model)
     texts = [texts] if isinstance(texts, str) else list(texts)
     prompts = encode_texts(tokenizer, texts, tokens, context_length(model))
     steps = forward_passes(prompts, chunk) * int(model.config.get_text_config().num_hidden_layers)

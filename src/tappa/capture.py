@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tappa.adapters import unwrapped
 from tappa.attention_profile import Attention
+from tappa.cache_argument import with_cache
 from tappa.errors import CaptureError, ModelError
 from tappa.head_counts import shares_keys
 from tappa.interface import AttentionSwitch, attention_of
@@ -68,7 +70,7 @@ Consumer = Callable[[LayerView], None]
 
 
 def prefill(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Int[Tensor, "batch tokens"],
     consume: Consumer,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
@@ -85,6 +87,7 @@ def prefill(
     Raises:
         CaptureError: the model's attention is not what the analysis understands.
     """
+    model = unwrapped(model)
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)
     if attention_mask is not None and bool(attention_mask.all()):
@@ -133,9 +136,13 @@ class _Session:
             input_ids=ids,
             attention_mask=mask,
             position_ids=self.positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+<<<<<<< HEAD
             **({"logits_to_keep": self._kept(tokens)} if keep else {}),
+=======
+            **with_cache(self.model, cache),
+            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
+>>>>>>> main
         )
         if not self.layers_seen:
             raise ModelError(

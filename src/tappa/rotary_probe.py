@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tappa.cache_argument import NAMES
 from tappa.errors import CaptureError, ModelError
 from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
 from tappa.without_weights import WithoutWeights
 
 TOKENS = 8  # of the probe's own runs
-CACHE_ARGUMENTS = {"cache", "past_key_values", "past_key_value", "layer_past"}
+CACHE_ARGUMENTS = {*NAMES, "past_key_value", "layer_past"}
 POSITION_ARGUMENTS = {"position_ids", "cache_position"}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tappa
+from tappa.cache_argument import with_cache
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -48,5 +49,5 @@ def test_sizes_are_those_of_the_code(scale: Any) -> None:
     ids = torch.arange(67)[None] % 90 + 5
     cache = tappa.compressed(model, "full")
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     assert cache.nbytes == 2 * size.cache(67)  # float32 here, bfloat16 there

@@ -10,6 +10,7 @@ from accelerate import dispatch_model
 from transformers import PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.errors import ModelError
 from tappa.models import LoadedModel
 from tappa.pruning import calibrate
@@ -34,8 +35,8 @@ def kept(model: PreTrainedModel) -> list[list[int]]:
     for method in ("tappa", "snapkv"):
         cache = tappa.compressed(model, method, 40)
         with torch.inference_mode():
-            model(IDS.to(model.device), past_key_values=cache)
-            model(IDS[:, :1].to(model.device), past_key_values=cache)
+            model(IDS.to(model.device), **with_cache(model, cache))
+            model(IDS[:, :1].to(model.device), **with_cache(model, cache))
         found += [cache.positions_held(layer, head) for layer in range(2) for head in range(3)]
     return found
 

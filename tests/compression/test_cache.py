@@ -11,9 +11,10 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import METHODS, CompressedCache, compress_context, compressed, record
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.errors import CaptureError, CompressionError, ModelError
@@ -42,7 +43,7 @@ def cache_of(model: PreTrainedModel, name: str, budget: float = 23, **options: A
 
 def run(model: PreTrainedModel, ids: Tensor, cache: Any, **options: Any) -> Tensor:
     with torch.inference_mode():
-        return model(ids, past_key_values=cache, **options).logits
+        return model(ids, **with_cache(model, cache), **options).logits
 
 
 class Masked:
@@ -246,7 +247,7 @@ def test_generate_in_a_context_starts_anew_each_time() -> None:
     with cache_of(model, "full"):
         assert torch.equal(model.generate(PROMPT, **options), model.generate(PROMPT, **options))
     by_hand = cache_of(model, "tappa")
-    assert torch.equal(model.generate(PROMPT, past_key_values=by_hand, **options), first)
+    assert torch.equal(model.generate(PROMPT, **with_cache(model, by_hand), **options), first)
 
 
 def test_a_padded_batch_generates_what_its_rows_do() -> None:
@@ -320,7 +321,7 @@ def test_assisted_generation_gives_the_tokens_of_the_model_alone() -> None:
     expected = model.generate(PROMPT[:, :61], **options)
     cache = cache_of(model, "tappa", 200)
     actual = model.generate(
-        PROMPT[:, :61], past_key_values=cache, assistant_model=assistant, **options
+        PROMPT[:, :61], **with_cache(model, cache), assistant_model=assistant, **options
     )
     assert torch.equal(actual, expected)
 
@@ -341,7 +342,7 @@ def test_one_context_answers_many_questions(chunk: int | None) -> None:
         assert cache.tokens_held(0, 0) == before + question.shape[1]  # nothing is dropped any more
     whole = model.generate(
         torch.cat([PROMPT, questions[0]], 1),
-        past_key_values=context.cache(),
+        **with_cache(model, context.cache()),
         max_new_tokens=3,
         do_sample=False,
     )
@@ -384,7 +385,7 @@ def test_another_prompt_needs_a_reset() -> None:
     cache = cache_of(model, "tappa")
     run(model, PROMPT, cache)
     with pytest.raises((CompressionError, IndexError)) as error:  # 5.2 raises by itself, earlier
-        model.generate(PROMPT[:, :50], past_key_values=cache, max_new_tokens=2)
+        model.generate(PROMPT[:, :50], **with_cache(model, cache), max_new_tokens=2)
     assert "reset" in str(error.value) or Version(transformers.__version__) < Version("5.3")
     with pytest.raises(CompressionError, match="reset"):
         run(model, PROMPT[:, :40].view(2, 20), cache)
@@ -399,11 +400,12 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         run(model, PROMPT, cache)
 
 
-def test_a_model_without_the_attention_interface_is_refused() -> None:
-    sizes: dict[str, Any] = {"vocab_size": 101, "n_embd": 60, "n_layer": 2, "n_head": 6}
-    config = GPTJConfig(**sizes, rotary_dim=4, bos_token_id=1, eos_token_id=2)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(CompressionError, match=r"GPTJForCausalLM does not use .* interface"):
+def test_a_model_without_the_attention_interface_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    with pytest.raises(CompressionError, match=r"LlamaForCausalLM does not use .* interface"):
         cache_of(model, "tappa")
     assert not model._forward_pre_hooks
 
@@ -529,7 +531,7 @@ def test_a_cache_is_not_for_another_model() -> None:
     cache = cache_of(model, "tappa")
     for other in (twin, model.model):
         with pytest.raises(CompressionError, match="made for another model"):
-            other(PROMPT, past_key_values=cache)
+            other(PROMPT, **with_cache(other, cache))
     assert run(model, PROMPT, cache).isfinite().all()
 
 
@@ -551,7 +553,7 @@ def test_assisted_generation_drops_tokens_and_takes_back_drafts() -> None:
     cache = cache_of(model, "snapkv", every=3)
     options = {"max_new_tokens": 19, "do_sample": False, "eos_token_id": None}
     written = model.generate(
-        PROMPT[:, :97], past_key_values=cache, assistant_model=assistant, **options
+        PROMPT[:, :97], **with_cache(model, cache), assistant_model=assistant, **options
     )
     assert written.shape[1] == 97 + 19
     assert cache.tokens_held() <= 23 < cache.tokens_seen

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import (
     CompressedCache,
     compressed,
@@ -58,7 +59,7 @@ def endless(kind: str = "llama", **changes: Any) -> Any:
 
 def by_transformers(model: Any, cache: CompressedCache, ids: Tensor, new: int, **o: Any) -> Tensor:
     options = {"do_sample": False, "pad_token_id": 0} | o
-    return model.generate(ids, past_key_values=cache, max_new_tokens=new, **options)
+    return model.generate(ids, **with_cache(model, cache), max_new_tokens=new, **options)
 
 
 def held(cache: CompressedCache) -> list[list[int]]:
@@ -168,7 +169,7 @@ def test_a_prompt_that_was_read_and_a_stack_of_caches(
     assert stacked.tokens_seen == 96 + 21
     assert stacked.tokens_held(row=2) == pytest.approx(caches[2].tokens_held() + 21)
     with torch.inference_mode():
-        logits = model(PROMPT[:, :1].expand(3, -1), past_key_values=stacked).logits
+        logits = model(PROMPT[:, :1].expand(3, -1), **with_cache(model, stacked)).logits
     assert torch.isfinite(logits).all()
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, record, stack_caches, stacking
 from tappa.errors import CompressionError
 from tiny import tiny_model
@@ -42,7 +43,7 @@ def caches_of(model: PreTrainedModel, prompt: torch.Tensor) -> list[CompressedCa
 
 def run(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
     with torch.inference_mode():
-        return model(ids, past_key_values=cache, **options).logits
+        return model(ids, **with_cache(model, cache), **options).logits
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -88,7 +89,7 @@ def test_generating_from_a_stack() -> None:
         cache = caches_of(model, prompt[:-1])[1]
         ids = prompt[None]
         written.append(
-            model.generate(ids, past_key_values=cache, max_new_tokens=13, min_new_tokens=13)
+            model.generate(ids, **with_cache(model, cache), max_new_tokens=13, min_new_tokens=13)
         )
     caches = [caches_of(model, prompt[:-1])[1] for prompt in (PROMPTS[0], short)]
     padded = torch.stack([PROMPTS[0], torch.cat([torch.zeros(12, dtype=torch.int64), short])])
@@ -97,7 +98,7 @@ def test_generating_from_a_stack() -> None:
     together = model.generate(
         padded,
         attention_mask=mask,
-        past_key_values=stack_caches(caches),
+        **with_cache(model, stack_caches(caches)),
         max_new_tokens=13,
         min_new_tokens=13,
     )

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from tappa.cache_argument import with_cache
 from tappa.compression import check_method, compressed, parse_budget, takes_over, write_on
 from tappa.errors import CompressionError, NonFiniteError, TextError
 from tiny import tiny_model, tiny_tokenizer
@@ -133,7 +134,7 @@ def test_bytes_of_all_tokens_do_not_depend_on_what_is_held() -> None:
         for name, options in (("full", {}), ("snapkv", SMALL))
     ]
     for cache in caches:
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     assert caches[0].full_nbytes == caches[0].nbytes == caches[1].full_nbytes > caches[1].nbytes
 
 

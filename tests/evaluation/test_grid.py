@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.errors import CompressionError, EvaluationError
 from tappa.evaluation.evaluate import Evaluation, describe_outcome, evaluate
 from tappa.evaluation.fidelity import Reference, windows
@@ -92,7 +93,7 @@ def test_a_shared_prefill_answers_as_a_prefill_of_its_own(lm: GridLM, cell: Cell
     assert shared.tokens_held() == alone.tokens_held()
     last = ids[:, -1:]
     with torch.inference_mode():
-        mine, theirs = (lm.model(last, past_key_values=c).logits for c in (shared, alone))
+        mine, theirs = (lm.model(last, **with_cache(lm.model, c)).logits for c in (shared, alone))
     torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)
 
 
@@ -231,7 +232,12 @@ def test_fidelity_by_hand(smollm2: LoadedModel) -> None:
     small.frozen = True
     tail = torch.tensor([[context[-1], *following[:-1]]])
     with torch.inference_mode():
-        other = smollm2.model(tail, past_key_values=small).logits[0].double().log_softmax(-1)
+        other = (
+            smollm2.model(tail, **with_cache(smollm2.model, small))
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+        )
     p = logits[89:96]
     assert found["kl"] == pytest.approx(float((p.exp() * (p - other)).sum(-1).mean()), abs=1e-4)
     same = float((p.argmax(-1) == other.argmax(-1)).double().mean())

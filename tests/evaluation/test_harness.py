@@ -8,6 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression.stepping import FixedSteps
 from tappa.errors import CompressionError, EvaluationError
 from tappa.evaluation.harness import TappaLM, read, score_continuation
@@ -110,12 +111,12 @@ def test_a_continuation_is_scored_on_the_compressed_context(smollm2: LoadedModel
     continuation = tokenizer(" of the house").input_ids
     with torch.inference_mode():
         cache = tappa.compressed(model, "snapkv", 40)
-        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], **with_cache(model, cache))
         assert cache.tokens_held() == 40
         cache.frozen = True
         total = 0.0
         for last, token in zip([int(ids[0, -1]), *continuation], continuation, strict=False):
-            logits = model(torch.tensor([[last]]), past_key_values=cache).logits[0, -1]
+            logits = model(torch.tensor([[last]]), **with_cache(model, cache)).logits[0, -1]
             total += float(logits.float().log_softmax(-1)[token])
     lm = made(smollm2, "snapkv", 40)
     found = lm._loglikelihood_tokens([(None, ids[0].tolist(), continuation)], disable_tqdm=True)
@@ -206,6 +207,8 @@ def test_bad_arguments(
 def test_the_model_is_left_as_it_was(smollm2: LoadedModel) -> None:
     ids = smollm2.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     with torch.inference_mode():
-        before = smollm2.model(ids, past_key_values=DynamicCache()).logits
+        before = smollm2.model(ids, **with_cache(smollm2.model, DynamicCache())).logits
         answers(made(smollm2, "tappa", 48))
-        assert torch.equal(before, smollm2.model(ids, past_key_values=DynamicCache()).logits)
+        assert torch.equal(
+            before, smollm2.model(ids, **with_cache(smollm2.model, DynamicCache())).logits
+        )

@@ -9,6 +9,7 @@ import torch
 
 import tappa
 from tappa.analysis import Analysis
+from tappa.cache_argument import with_cache
 from tappa.capture import LayerView, prefill
 from tappa.compression import compressed, record
 from tappa.theory import BOUNDS
@@ -146,7 +147,7 @@ def test_sensitivity_is_the_naive_one() -> None:
             cache.compressed_layers[layer].held = small.compressed_layers[layer].storage().copy()
             cache.compressed_layers[layer].complete = False
             cache.frozen = True
-            log_p = model(tail, past_key_values=cache).logits[0].log_softmax(-1)
+            log_p = model(tail, **with_cache(model, cache)).logits[0].log_softmax(-1)
             kl = float((reference.exp() * (reference - log_p)).sum(-1).mean())
             assert found.layers[layer] == pytest.approx(kl, rel=1e-3, abs=1e-6)
     assert (found.heads < found.layers[:, None] * 3 + 1e-6).all()

@@ -6,12 +6,14 @@ the budget and one layer's full keys and values are held, at most.
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,11 +23,14 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
+from tappa.compression.serving import served_by, start_serving, stop_serving
 from tappa.errors import CompressionError
 from tappa.fetching import Fetched
 from tappa.interface import AttentionSwitch, attention_of
@@ -44,9 +49,10 @@ class CompressedCache(DynamicCache):
     """The KV cache of a model, held to a budget. Made by `tappa.compressed`.
 
     Use it as a context manager, in which every new prompt starts with an empty cache, or hand it
-    to the model as `past_key_values`. `budget` is in tokens per layer and KV head on average, or a
-    share of the prompt. While the model runs on this cache, and only then, its attention kernel is
-    wrapped; everything is put back after each forward pass.
+    to the model as `cache` (before transformers 5.24: `past_key_values`). `budget` is in tokens per
+    layer and KV head on average, or a share of the prompt. While the model runs on this cache, and
+    only then, its attention kernel is wrapped; everything is put back after each forward pass. It
+    is for inference: no gradient flows through keys and values.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class CompressedCache(DynamicCache):
         self.model, self.method, self.budget, self.every = model, method, budget, every
         self.fixed = preferences  # of each compressed layer and KV head, from an Analysis
         self.frozen = False  # nothing is dropped any more
+        self._used = False  # since `with` was entered
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
         self.shards = HeadShards.of(model)
@@ -88,7 +95,7 @@ class CompressedCache(DynamicCache):
             )
         for index, layer in enumerate(full):
             self.layers[layer] = CompressedLayer(index, method, self.shards)
-        self._connect(AttentionSwitch(model, _late(self._attend)), RotaryProbe(model))
+        self._connect(AttentionSwitch(model, LateHook(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
@@ -99,23 +106,29 @@ class CompressedCache(DynamicCache):
         self._positions: Tensor = torch.empty(0)  # of the new tokens, for all layers
         self._tables: dict[int, Table] = {}  # of these positions, by RoPE
         self._unbalanced = False  # the layer read last is still whole
-        self._injecting = False
         self._failed = self._running = False
-        before, after = _late(self._before), _late(self._after)
+        before, after = LateHook(self._before), LateHook(self._after)
         handles: tuple[RemovableHandle, ...] = (
             self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
         )
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, remove_all, handles)
 
     # ---- what users call
 
     def __enter__(self) -> "CompressedCache":
-        self._injecting = True
+        self._used = False
+        start_serving(self)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._injecting = False
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        stop_serving(self)
+        if kind is None and not self._used:
+            warnings.warn(
+                f"nothing was compressed: {type(self.model).__name__} read no prompt with a KV "
+                "cache inside this `with`",
+                stacklevel=2,
+            )
 
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
@@ -170,7 +183,7 @@ class CompressedCache(DynamicCache):
         return [] if held is None else [p for p in held.padded(row)[2][0, head].tolist() if p >= 0]
 
     def copy(self, keep_ranks: bool = False) -> "CompressedCache":
-        """An independent copy, to be used as `past_key_values` of the same model."""
+        """An independent copy, to be used as the `cache` of the same model."""
         twin = object.__new__(CompressedCache)
         twin.__dict__.update(self.__dict__)
         twin.layers = [
@@ -178,7 +191,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
-        twin._connect(self.switch.renewed(_late(twin._attend)), self._probe)
+        twin._connect(self.switch.renewed(LateHook(twin._attend)), self._probe)
         return twin
 
     def __deepcopy__(self, memo: dict) -> "CompressedCache":
@@ -186,6 +199,16 @@ class CompressedCache(DynamicCache):
 
     def __copy__(self) -> "CompressedCache":
         return self.copy()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back the last tokens, a draft that was rejected."""
+        try:
+            super().crop(*args, **kwargs)
+        except ValueError as error:  # of the layers that are not compressed
+            raise CompressionError(
+                f"{type(self.model).__name__} has layers with a sliding window, which take back no "
+                f"token in transformers {transformers.__version__}: {error}"
+            ) from error
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -197,6 +220,7 @@ class CompressedCache(DynamicCache):
                 "make one with tappa.compressed(model, ...)"
             )
         self._settle()
+        key_states, value_states = key_states.detach(), value_states.detach()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _compressed(self, layer: int) -> CompressedLayer:
@@ -208,15 +232,14 @@ class CompressedCache(DynamicCache):
     # ---- around a forward pass
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        given = kwargs.get("past_key_values")
-        if self._injecting and not isinstance(given, CompressedCache):
-            if kwargs.get("use_cache") is False:
-                return None
-            if given is None or given.get_seq_length() == 0:
-                self.reset()
-                given = kwargs["past_key_values"] = self
+        given = cache_among(kwargs)
+        if served_by(model) is self and _starts_prompt(given, kwargs):
+            self.reset()
+            given = self
         if given is not self:
             return None
+        self._used = True
+        kwargs = _only_new(rename_cache(model, kwargs, self), self.tokens_seen)
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if ids is None:
@@ -319,13 +342,18 @@ class CompressedCache(DynamicCache):
         else:
             mask = layer.mask_for(attention_mask, query)
             output = kernel(module, query, key, value, mask, **kwargs)
+        self._learn(layer, query.detach())
+        return output
+
+    @torch.no_grad()
+    def _learn(self, layer: CompressedLayer, query: Tensor) -> None:
+        """What new queries are for, once they have attended."""
         if self.recorder is not None:
             self.recorder(query, self._channels(layer, 0, slice(0, query.shape[2])))
         if self.evicting:
             self.observe(layer, query)
         elif self._valid is not None:
             layer.drop_padding(self._valid.to(query.device))
-        return output
 
     # ---- compression
 
@@ -524,17 +552,22 @@ class CompressedCache(DynamicCache):
         return self.shards.gather(torch.tensor(mine).mT).mT.tolist()
 
 
-def _remove(handles: tuple[RemovableHandle, ...]) -> None:
-    for handle in handles:
-        handle.remove()
+def _starts_prompt(given: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass starts a prompt with a KV cache, and has none filled yet."""
+    if given is None:
+        return kwargs.get("use_cache") is not False
+    return not isinstance(given, CompressedCache) and given.get_seq_length() == 0
 
 
-def _late(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a bound method for as long as its object lives, without keeping it alive."""
-    reference = weakref.WeakMethod(method)
+def _only_new(kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
+    """The arguments of a forward pass without the tokens that the cache has seen.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        found = reference()
-        return found(*args, **kwargs) if found is not None else None
-
-    return torch.compiler.disable(call)  # a compiled model breaks its graph here
+    `generate` sends all tokens again where the model's generation config says `use_cache: false`.
+    """
+    ids, places = kwargs.get("input_ids"), kwargs.get("position_ids")
+    if kwargs.get("use_cache") is not False or ids is None or places is None:
+        return kwargs
+    again = 0 < seen < ids.shape[1] == places.shape[-1] and int(places[..., 0].min()) <= 1
+    late = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "cache_position")}
+    cut = {name: x[..., seen:] for name, x in late.items() if x is not None}
+    return kwargs | cut if again else kwargs

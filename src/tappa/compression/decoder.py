@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tappa.cache_argument import with_cache
 from tappa.compression.fixed import RUNNING, FixedKV, attend
 from tappa.interface import AttentionSwitch
 from tappa.kernels.gemv import FewVectors
@@ -24,6 +25,7 @@ class FixedReader:
         self, model: PreTrainedModel, fixed: FixedKV, switch: AttentionSwitch, compiled: bool
     ) -> None:
         self.fixed, self.switch = fixed, switch.renewed(attend, masks=False, name="fixed")
+        self.cache_argument = with_cache(model, fixed)
         self.forward: Callable[..., Any] = model.forward  # without hooks, which look at the CPU
         if compiled:
             self.forward = torch.compile(model.forward, dynamic=False)
@@ -39,8 +41,8 @@ class FixedReader:
                 output = self.forward(
                     input_ids=tokens,
                     position_ids=position_ids,
-                    past_key_values=self.fixed,
                     use_cache=True,
+                    **self.cache_argument,
                 )
         finally:
             RUNNING.remove(self.fixed)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
@@ -195,7 +196,7 @@ def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Te
         ids[:, seen:],
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **with_cache(cache.model, cache),
         logits_to_keep=1,
     ).logits
     if bool(logits[:, -1].isnan().any()):

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tappa.adapters import unwrapped
 from tappa.analysis import Analysis, describe
+from tappa.cache_argument import with_cache
 from tappa.compression.budgets import Evidence, Rule
 from tappa.compression.cache import CompressedCache, Recorded
 from tappa.compression.methods import Method, method_named
@@ -19,7 +21,7 @@ from tappa.errors import CompressionError
 
 
 def compressed(
-    model: PreTrainedModel,
+    model: nn.Module,
     method: str | Method = "tappa",
     budget: int | float | None = None,
     *,
@@ -33,7 +35,7 @@ def compressed(
             model.generate(**inputs, max_new_tokens=200)
 
         cache = tappa.compressed(model, "snapkv", 0.1)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
     `budget` is the number of tokens that each layer and KV head holds on average, or, as a float up
     to 1, a share of the prompt. `method` is a name of `tappa methods`, two of them as "a+b" (scores
@@ -41,8 +43,10 @@ def compressed(
     come from a saved Analysis of this model and not from the prompt. While generating, tokens are
     dropped `every` so many steps.
 
-    Raises CompressionError for what cannot work, before the model runs.
+    A model of peft will do where it is one of LoRA's kind. Raises CompressionError for what cannot
+    work, ModelError for virtual tokens of prompt learning, before the model runs.
     """
+    model = unwrapped(model)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise CompressionError(f"expected every >= 1 step, got {every!r}")
     chosen, checked = check_method(method, budget, **options)
@@ -79,7 +83,7 @@ class CompressedContext:
     """A text in a compressed cache, to be asked many questions: each on a copy of its own.
 
     context = tappa.compress_context(model, ids, "expected_attention", 512)
-    model.generate(torch.cat([ids, question], 1), past_key_values=context.cache())
+    model.generate(torch.cat([ids, question], 1), cache=context.cache())
     """
 
     def __init__(self, cache: CompressedCache) -> None:
@@ -106,7 +110,7 @@ class CompressedContext:
 
 
 def compress_context(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Int[Tensor, "rows tokens"],
     method: str | Method = "tappa",
     budget: int | float | None = None,
@@ -123,13 +127,14 @@ def compress_context(
     if chunk is not None and chunk < 1:
         raise CompressionError(f"expected a chunk of at least 1 token, got {chunk}")
     cache = compressed(model, method, budget, **options)
+    read = cache.model
     device = next(model.parameters()).device
     size = chunk or input_ids.shape[1]
     with torch.inference_mode():
         for end in range(size, input_ids.shape[1] + size, size):
             piece = input_ids[:, end - size : end].to(device)
             mask = None if attention_mask is None else attention_mask[:, :end].to(device)
-            model(piece, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+            read(piece, attention_mask=mask, logits_to_keep=1, **with_cache(read, cache))
     cache.frozen = True
     return CompressedContext(cache)
 
@@ -139,7 +144,7 @@ class Recording:
 
         recording = tappa.record(model, ids)
         for cache in recording.compress("snapkv", [128, 256, 512]):
-            model(next_ids, past_key_values=cache)
+            model(next_ids, cache=cache)
 
     Holds the queries, keys and values of all layers. What a cache keeps is what `compressed` keeps
     when it reads the prompt in one piece.
@@ -176,7 +181,7 @@ class Recording:
 _OF_CACHE = ("analysis", "every")  # options of `compressed` that no method has
 
 
-def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
+def record(model: nn.Module, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
     """Read a prompt (or several of the same length) once, for `Recording.compress`."""
     check_ids(input_ids)
     full = compressed(model, "full")
@@ -184,7 +189,7 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Rec
     full.recorder = lambda query, rotary: queries.append((query, rotary))
     with torch.inference_mode():
         device = next(model.parameters()).device
-        model(input_ids.to(device), past_key_values=full, logits_to_keep=1)
+        full.model(input_ids.to(device), logits_to_keep=1, **with_cache(full.model, full))
     full.recorder = None
     return Recording(full, queries)
 

@@ -222,7 +222,8 @@ class CompressedLayer(CacheLayerMixin):
         """Take these rows of the batch, in this order."""
         if self.held is not None:
             self.held.select_rows(index)
-            self.observations = [_copy(self.observations[row]) for row in index]
+            if self.observations:  # with the full cache there are none
+                self.observations = [_copy(self.observations[row]) for row in index]
             if self.preferences:
                 self.preferences = [self.preference(row) for row in index]
 

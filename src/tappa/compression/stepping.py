@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, FixedReader
 from tappa.compression.eviction import Evictor
@@ -43,7 +44,7 @@ class PlainSteps:
             tokens,
             attention_mask=self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            **with_cache(self.cache.model, self.cache),
         )
         return output.logits[:, -1]
 

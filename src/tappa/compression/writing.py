@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
 from tappa.errors import CompressionError, NonFiniteError, TextError
@@ -103,11 +104,12 @@ def _by_transformers(
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        use_cache=True,
         max_new_tokens=new,
         streamer=clock,
         logits_processor=LogitsProcessorList([_RefuseNaN()]),
         pad_token_id=pad,
+        **with_cache(model, cache),
         **GREEDY,
     )
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tappa
+from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, check_method, generate, parse_budget, takes_over
 from tappa.errors import EvaluationError
 
@@ -113,9 +114,8 @@ class TappaLM(HFLM):
         if self._greedy(kwargs) and takes_over(cache.model, self.graph):
             new, stops = max_length - context.shape[1], self._stops(stop, context.shape[1])
             return generate(cache, context, new, attention_mask=mask, graph=self.graph, stop=stops)
-        return super()._model_generate(
-            context, max_length, stop, attention_mask=mask, past_key_values=cache, **kwargs
-        )
+        more = with_cache(cache.model, cache) | kwargs
+        return super()._model_generate(context, max_length, stop, attention_mask=mask, **more)
 
     def _greedy(self, asked: dict[str, Any]) -> bool:
         """Whether lm-eval asks for the most probable tokens and nothing else."""
@@ -178,8 +178,8 @@ def read(
             ids[:, :-1],
             attention_mask=before,
             position_ids=positions,
-            past_key_values=cache,
             logits_to_keep=1,
+            **with_cache(cache.model, cache),
         )
 
 
@@ -194,7 +194,7 @@ def continuation_logits(
     device = next(cache.model.parameters()).device
     tail = torch.tensor([[last, *continuation[:-1]]] * rows, device=device)
     with torch.inference_mode():
-        return cache.model(tail, past_key_values=cache).logits
+        return cache.model(tail, **with_cache(cache.model, cache)).logits
 
 
 def score_continuation(

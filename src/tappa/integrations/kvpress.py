@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from tappa.attention_profile import Attention
+from tappa.cache_argument import cache_among
 from tappa.compression import scorers
 from tappa.compression.budgets import Evidence, Rule, allocate
 from tappa.compression.methods import Method, method_named
@@ -219,7 +220,7 @@ class TappaPress(BasePress):
         """Rank the tokens of a layer; after the last layer, cut all of them."""
         if self.compression_ratio == 0:
             return keys, values
-        cache, layer = kwargs["past_key_values"], cast(int, module.layer_idx)
+        cache, layer = cache_among(kwargs), cast(int, module.layer_idx)
         if isinstance(cache, QuantizedCache):
             raise CompressionError("TappaPress cuts all layers at the end: no quantized caches")
         if keys.shape[2] != hidden_states.shape[1]:
@@ -350,7 +351,7 @@ def _mask_fitter(cache: "weakref.ref[Cache]") -> Callable[..., Any]:
     """
 
     def fit(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        mask, held = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, held = kwargs.get("attention_mask"), cache_among(kwargs)
         if held is None or cache() is not held or not torch.is_tensor(mask):
             return None
         new = kwargs["hidden_states"].shape[1]

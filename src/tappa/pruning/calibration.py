@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tappa.adapters import unwrapped
 from tappa.analysis import describe
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import fingerprint, first_line
@@ -117,7 +118,7 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],
     *,
@@ -139,6 +140,7 @@ def calibrate(
     Raises:
         TextError, ModelError, CaptureError, NonFiniteError, PruningError: one line each.
     """
+    model = unwrapped(model)
     windows = Windows.of(model, tokenizer, texts, window=window, stride=stride, limit=limit)
     return calibrate_on(model, windows, state=state, progress=progress)
 

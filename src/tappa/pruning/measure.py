@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from tappa.cache_argument import cache_among, with_cache
 from tappa.pruning.windows import Windows
 
 Progress = Callable[[int, int], None]
@@ -87,7 +88,7 @@ def _speed(model: PreTrainedModel, prompt: list[int], steps: int = 32) -> float:
         token = out.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         for _ in range(steps):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, use_cache=True, **with_cache(model, cache_among(out)))
             token = out.logits[:, -1:].argmax(-1)
         token.tolist()  # waits for a GPU
     return steps / (time.perf_counter() - start)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tappa.analysis import Analysis
+from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, record, stack_caches
 from tappa.compression.layer import CompressedLayer
 from tappa.compression.storage import RaggedKV
@@ -160,5 +161,5 @@ def _log_p(
 ) -> Float[Tensor, "rows new vocabulary"]:
     cache.frozen = True
     with torch.inference_mode():
-        logits = cast(Tensor, model(tail, past_key_values=cache).logits)
+        logits = cast(Tensor, model(tail, **with_cache(model, cache)).logits)
     return logits.float().log_softmax(-1)
