@@ -14,7 +14,6 @@ import tappa
 from tappa.patterns import LABELS
 from tappa.texts import packaged_text
 
-
 DATA = Path(__file__).parent / "data"
 
 

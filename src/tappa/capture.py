@@ -137,12 +137,8 @@ class _Session:
             attention_mask=mask,
             position_ids=self.positions,
             use_cache=cache is not None,
-<<<<<<< HEAD
-            **({"logits_to_keep": self._kept(tokens)} if keep else {}),
-=======
             **with_cache(self.model, cache),
-            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
->>>>>>> main
+            **({"logits_to_keep": self._kept(tokens)} if keep else {}),
         )
         if not self.layers_seen:
             raise ModelError(

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class WithoutWeights:
-    """While entered: each submodule that holds weights returns random numbers of its output's shape.
+    """While entered, every submodule returns random numbers in the shape of its output.
 
     What a module's code does, the rotation of queries for example, can be hidden by its weights: a
     zero in a norm keeps a dimension at zero, a dead projection keeps all of them there. No weight
