@@ -326,7 +326,7 @@ class CompressedCache(DynamicCache):
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: call it on the tokens held, then compress."""
         if self._probe.probing:
-            return self._probe.answer(query, value)
+            return self._probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
