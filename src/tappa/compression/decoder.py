@@ -120,7 +120,9 @@ class Decoder:
     def _recorded(
         self, read: FixedReader, changed: list[Tensor], before: list[Tensor]
     ) -> torch.cuda.CUDAGraph:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        """On a stream of the GPU where the tokens lie, which need not be the current one."""
+        device = self.tokens.device
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled, libraries find their feet
@@ -129,7 +131,7 @@ class Decoder:
                     x.copy_(old)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
             self.step(read)
         return graph
 
