@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -197,6 +198,16 @@ class CompressedCache(DynamicCache):
 
     def __copy__(self) -> "CompressedCache":
         return self.copy()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back the last tokens, a draft that was rejected."""
+        try:
+            super().crop(*args, **kwargs)
+        except ValueError as error:  # of the layers that are not compressed
+            raise CompressionError(
+                f"{type(self.model).__name__} has layers with a sliding window, which take back no "
+                f"token in transformers {transformers.__version__}: {error}"
+            ) from error
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -548,5 +559,6 @@ def _only_new(kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
     if kwargs.get("use_cache") is not False or ids is None or places is None:
         return kwargs
     again = 0 < seen < ids.shape[1] == places.shape[-1] and int(places[..., 0].min()) <= 1
-    late = {"input_ids": ids[:, seen:], "position_ids": places[..., seen:]}
-    return kwargs | late if again else kwargs
+    late = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "cache_position")}
+    cut = {name: x[..., seen:] for name, x in late.items() if x is not None}
+    return kwargs | cut if again else kwargs
