@@ -104,6 +104,7 @@ class CompressedCache(DynamicCache):
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
         self._newest = NewestTokens()
+        self._counted: dict[int, tuple[list[int], int, int]] = {}  # edits, seen and held of a row
         self._unbalanced = False  # the layer read last is still whole
         self._failed = self._running = False
         before, after = LateHook(self._before), LateHook(self._after)
@@ -463,7 +464,7 @@ class CompressedCache(DynamicCache):
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                evidence = seen.evidence(blank, rule, tokens).over(gather)
+                evidence = seen.evidence(blank, rule, tokens).over(gather, self.shards.ranks)
                 preferences.append(Fetched(rule.weigh(evidence)))
         layer.preferences = preferences
 
@@ -495,10 +496,8 @@ class CompressedCache(DynamicCache):
         layers = self.compressed_layers
         heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
         for row in range(layers[0].storage().rows):
-            counts = self._lengths(layers, row)
-            held = sum(sum(count) for count in counts)
             total = self.total(row)
-            if held + new * heads > total:
+            if self._count(row) + new * heads > total:
                 room = total - max(new, self.every) * heads
                 self._balance(row, max(room, self.method.least * heads))
         for layer in self.compressed_layers:
@@ -534,6 +533,20 @@ class CompressedCache(DynamicCache):
         flat = [preference for each in preferences for preference in each]
         tokens = allocate(rule, flat, total, least, capacity).tolist()
         return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+    def _count(self, row: int) -> int:
+        """Tokens that all KV heads of all layers hold of a row.
+
+        Ranks of a split model ask each other only after one has been dropped: new ones are known.
+        """
+        layers, seen = self.compressed_layers, self.tokens_seen
+        edits = [layer.edits for layer in layers]
+        if row not in self._counted or self._counted[row][0] != edits:
+            held = sum(map(sum, self._lengths(layers, row)))
+            self._counted[row] = edits, seen, held
+        _, before, held = self._counted[row]
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        return held + (seen - before) * heads
 
     def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
         """Tokens that each KV head of these layers holds, on other ranks of a split model too."""
