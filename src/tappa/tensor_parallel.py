@@ -43,9 +43,9 @@ class HeadShards:
         if mine.dtype == torch.bool:
             return self.gather(mine.to(torch.uint8), dim).bool()
         sent = mine.movedim(dim, 0).to(self.device).contiguous()
-        every = sent.new_empty(self.ranks * len(sent), *sent.shape[1:])
-        dist.all_gather_into_tensor(every, sent, group=self.group)
-        return every.movedim(0, dim).to(mine.device)
+        parts = [torch.empty_like(sent) for _ in range(self.ranks)]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts).movedim(0, dim).to(mine.device)
 
     def gather_padded(self, mine: Tensor, value: float | bool) -> Tensor:
         """`gather` of (heads, ..., tokens) where ranks differ in tokens, filled up with `value`."""
@@ -61,8 +61,10 @@ class HeadShards:
             return float(mine)
         return float(self.gather(torch.tensor([mine], dtype=torch.float64)).sum())
 
-    def mine(self, every: Any) -> Any:
-        """This rank's part of a list or tensor with all heads first."""
+    def mine(self, every: Any, dim: int = 0) -> Any:
+        """This rank's part of a list with all heads, or of a tensor that has them as `dim`."""
+        if isinstance(every, Tensor):
+            return every.chunk(self.ranks, dim)[self.rank]
         size = len(every) // self.ranks
         return every[self.rank * size : (self.rank + 1) * size]
 
