@@ -20,6 +20,7 @@ from tappa.cli.common import (
     extra,
     messages,
     parts,
+    say,
 )
 from tappa.compression import parse_budget, split_methods
 from tappa.errors import EvaluationError
@@ -124,6 +125,7 @@ def evaluate_methods(
             shard=part,
             batch=batch,
             follow=follow,
+            say=lambda text: say(errors, text),
         )
     print(results.markdown)
     print(kit.describe_outcome(results.outcome))
