@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.models.utils import normalize_gen_kwargs
 
 from tappa.errors import EvaluationError
 from tappa.evaluation.fidelity import Reference
 from tappa.evaluation.shared_prefill import Cell, GridLM
 from tappa.files import digest_of
 
+# names of the same setting, as lm-eval ranks them
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _OTHERS = "choose another task, or a model with a longer context"
 _SHORTER = "choose shorter --lengths"
 _ADVICE = {  # for prompts that are too long, by suite
@@ -52,7 +53,7 @@ class TaskSample:
         for instance in self.instances:
             if self.kind == "generate_until":
                 prompt, asked = instance.args
-                new = int(normalize_gen_kwargs(asked, lm.max_gen_toks)["max_gen_toks"])
+                new = int(next((asked[x] for x in _NEW_TOKENS if x in asked), lm.max_gen_toks))
                 tokens, most = len(lm.tok_encode(prompt)) + new, lm.max_length
             else:
                 context, continuation = lm._encode_pair(*instance.args)

@@ -152,7 +152,8 @@ def _suite_samples(suite: str, name: str, lm: GridLM, source: Source, folder: Pa
 def _written(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
     """Write the task files, or find those of an earlier run with the same settings."""
     tokens, libraries = known_tokens(lm), version("lm_eval")
-    wanted = digest_of(2, name, asdict(source), tokens, lm.max_length, libraries)
+    here = str(folder.absolute())  # task files name it: a folder that was moved has stale ones
+    wanted = digest_of(2, name, asdict(source), tokens, lm.max_length, libraries, here)
     notes = folder / f"{name}.made.json"
     if (tasks := _made(notes, wanted)) is not None:
         return tasks
