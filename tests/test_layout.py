@@ -7,12 +7,15 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
+    "versions",
     "errors",
     "files",
     "interrupts",
     "fetching",
     "cache_argument",
+    "adapters",
     "tensor_parallel",
+    "head_counts",
     "texts",
     "checkpoint",
     "models",
@@ -22,6 +25,7 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
+    "without_weights",
     "rotary_probe",
     "capture",
     "channels",

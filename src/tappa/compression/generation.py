@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tappa.adapters import unwrapped
 from tappa.analysis import Analysis, describe
 from tappa.cache_argument import with_cache
 from tappa.compression.budgets import Evidence, Rule
@@ -20,7 +21,7 @@ from tappa.errors import CompressionError
 
 
 def compressed(
-    model: PreTrainedModel,
+    model: nn.Module,
     method: str | Method = "tappa",
     budget: int | float | None = None,
     *,
@@ -42,8 +43,10 @@ def compressed(
     come from a saved Analysis of this model and not from the prompt. While generating, tokens are
     dropped `every` so many steps.
 
-    Raises CompressionError for what cannot work, before the model runs.
+    A model of peft will do where it is one of LoRA's kind. Raises CompressionError for what cannot
+    work, ModelError for virtual tokens of prompt learning, before the model runs.
     """
+    model = unwrapped(model)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise CompressionError(f"expected every >= 1 step, got {every!r}")
     chosen, checked = check_method(method, budget, **options)
@@ -107,7 +110,7 @@ class CompressedContext:
 
 
 def compress_context(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Int[Tensor, "rows tokens"],
     method: str | Method = "tappa",
     budget: int | float | None = None,
@@ -124,13 +127,14 @@ def compress_context(
     if chunk is not None and chunk < 1:
         raise CompressionError(f"expected a chunk of at least 1 token, got {chunk}")
     cache = compressed(model, method, budget, **options)
+    read = cache.model
     device = next(model.parameters()).device
     size = chunk or input_ids.shape[1]
     with torch.inference_mode():
         for end in range(size, input_ids.shape[1] + size, size):
             piece = input_ids[:, end - size : end].to(device)
             mask = None if attention_mask is None else attention_mask[:, :end].to(device)
-            model(piece, attention_mask=mask, logits_to_keep=1, **with_cache(model, cache))
+            read(piece, attention_mask=mask, logits_to_keep=1, **with_cache(read, cache))
     cache.frozen = True
     return CompressedContext(cache)
 
@@ -177,7 +181,7 @@ class Recording:
 _OF_CACHE = ("analysis", "every")  # options of `compressed` that no method has
 
 
-def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
+def record(model: nn.Module, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
     """Read a prompt (or several of the same length) once, for `Recording.compress`."""
     check_ids(input_ids)
     full = compressed(model, "full")
@@ -185,7 +189,7 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "rows tokens"]) -> Rec
     full.recorder = lambda query, rotary: queries.append((query, rotary))
     with torch.inference_mode():
         device = next(model.parameters()).device
-        model(input_ids.to(device), logits_to_keep=1, **with_cache(model, full))
+        full.model(input_ids.to(device), logits_to_keep=1, **with_cache(full.model, full))
     full.recorder = None
     return Recording(full, queries)
 

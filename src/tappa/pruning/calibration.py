@@ -15,12 +15,18 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tappa.adapters import unwrapped
 from tappa.analysis import describe
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import fingerprint, first_line
 from tappa.errors import NonFiniteError, PruningError
 from tappa.files import digest_of, write_atomic
-from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
+from tappa.pruning.structure import (
+    attention_in,
+    decoder_layers,
+    output_projection,
+    query_heads_of,
+)
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
 from tappa.tensor_parallel import HeadShards, local
@@ -112,7 +118,7 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],
     *,
@@ -134,6 +140,7 @@ def calibrate(
     Raises:
         TextError, ModelError, CaptureError, NonFiniteError, PruningError: one line each.
     """
+    model = unwrapped(model)
     windows = Windows.of(model, tokenizer, texts, window=window, stride=stride, limit=limit)
     return calibrate_on(model, windows, state=state, progress=progress)
 
@@ -229,7 +236,7 @@ class _Sums:
     output: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        layers, (heads, _) = decoder_layers(self.model), heads_of(self.model)
+        layers, heads = decoder_layers(self.model), query_heads_of(self.model)
         heads //= HeadShards.of(self.model).ranks
         self.cosines = torch.zeros(len(layers), dtype=torch.float64)
         self.similarity = torch.zeros(len(layers), heads, dtype=torch.float64)
