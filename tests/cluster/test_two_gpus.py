@@ -24,7 +24,8 @@ TWO = ONE | dict.fromkeys(["model.layers.1", "model.layers.2", "model.norm", "lm
 
 
 @pytest.fixture(autouse=True)
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpus(monkeypatch: pytest.MonkeyPatch, as_users_run_it: None) -> Iterator[None]:
+    """Checks of shapes ask every tensor for its device and more, which takes long here."""
     with gpus_on_paper(monkeypatch):
         yield
 
