@@ -1,5 +1,7 @@
 """The model type `tappa` of lm-eval, on the packaged SmolLM2."""
 
+from typing import Any
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -162,32 +164,26 @@ def test_a_context_that_is_too_long_is_cut_for_each_choice(smollm2: LoadedModel,
         mine._loglikelihood_tokens([(None, ids[:9], [7] * (size + 1))], disable_tqdm=True)
 
 
-def test_prompts_and_texts_that_are_too_long_are_as_hflms(smollm2: LoadedModel) -> None:
-    options = {"tokenizer": smollm2.tokenizer, "max_length": 48, "batch_size": 1}
-    mine = TappaLM(smollm2.model, "full", **options)
-    theirs = HFLM(pretrained=smollm2.model, **options)
-    rolling = [
-        lm.loglikelihood_rolling(
-            requests("loglikelihood_rolling", [(TEXTS[1],)]), disable_tqdm=True
-        )
-        for lm in (mine, theirs)
-    ]
+def test_prompts_and_texts_that_are_too_long_are_as_hflms(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = smollm2.model
+    mine = TappaLM(model, "full", tokenizer=smollm2.tokenizer, max_length=48, batch_size=1)
+    theirs = HFLM(pretrained=model, tokenizer=smollm2.tokenizer, max_length=48, batch_size=1)
+    asked = requests("loglikelihood_rolling", [(TEXTS[1],)])
+    rolling = [lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in (mine, theirs)]
     assert rolling[0] == pytest.approx(rolling[1], abs=1e-2)
-    read_by = []
+    seen: list[torch.Tensor] = []
+
+    def noted(context: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        seen.append(context)
+        return context
+
     for lm in (mine, theirs):
-        seen: list[torch.Tensor] = []
-        generated = type(lm)._model_generate
-
-        def noted(context: torch.Tensor, *others, lm=lm, seen=seen, generated=generated, **named):
-            seen.append(context)
-            return generated(lm, context, *others, **named)
-
-        lm._model_generate = noted
-        asked = [(PROMPTS[0], OTHERS | {"until": ["\n\n"]})]
-        lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
-        read_by.append(seen[0])
-    assert torch.equal(*read_by)
-    assert read_by[0].shape == (1, 48 - 11)
+        monkeypatch.setattr(lm, "_model_generate", noted)
+        lm.generate_until(requests("generate_until", [(PROMPTS[0], OTHERS)]), disable_tqdm=True)
+    assert torch.equal(*seen)
+    assert seen[0].shape == (1, 48 - 11)
 
 
 def test_options_of_the_method_and_of_hflm(smollm2: LoadedModel) -> None:

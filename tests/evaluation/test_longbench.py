@@ -219,7 +219,7 @@ def test_only_what_is_asked_for_is_read(smollm2: LoadedModel, tmp_path: Path) ->
     whole = (data / "qasper.jsonl").read_bytes()
     for rest in (b"{not JSON\n", b"\xff\xfe\n", b'{"context": 1}\n'):
         (data / "qasper.jsonl").write_bytes(whole + rest)
-        options = {"tasks": ["qasper"], "context": CONTEXT}
+        options: Any = {"tasks": ["qasper"], "context": CONTEXT}
         write_longbench(tmp_path, data, smollm2.tokenizer, limit=3, **options)
         lines = (tmp_path / "longbench_qasper.jsonl").read_text().splitlines()
         assert [f"Text {n}." in line for n, line in enumerate(lines)] == [True] * 3

@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     folder = tmp_path / "a" / "results"
     with monkeypatch.context() as patch:
-        patch.setattr(tappa.files.os, "fsync", fsync)
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(OutputError, match="no space left on device"):
             run(tiny, MORE, folder)
     assert (tmp_path / "a").exists() == (room > 0)
