@@ -1,6 +1,6 @@
 """Texts: reading them, the one shipped with the package, and the tokens a model sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -32,6 +32,26 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise TextError(f"expected text, got an empty file: {path}")
     return text
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, one after the other, without the "\\n" that ends them.
+
+    Other characters that break lines (U+2028) do not end one. No more of the file is read than is
+    asked for. Raises TextError for a file that is missing or, where that is read, not UTF-8.
+    """
+    path, offset = Path(path), 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield line.decode("utf-8-sig" if offset == 0 else "utf-8").removesuffix("\n")
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        message = f"expected UTF-8 text, got byte 0x{error.object[error.start]:02x}"
+        raise TextError(f"{message} at offset {offset + error.start} of {path}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TextError(f"cannot read the text file {path}: {reason}") from error
 
 
 def packaged_text() -> str:

@@ -64,9 +64,9 @@ def test_analysis(kind: str, chunk: int | None) -> None:
 
 
 def written(model: PreTrainedModel, method: str, budget: int | None) -> tuple[list, list]:
-    """Ids, and the positions held, after a prompt and 24 new tokens."""
+    """Ids, and the positions held, after a prompt and 12 new tokens."""
     cache = tappa.compressed(model, method, budget, every=5)
-    ids = generate(cache, IDS, 24, graph=False)
+    ids = generate(cache, IDS, 12, graph=False)
     held = [cache.positions_held(layer, head) for layer in range(2) for head in range(3)]
     return ids.tolist(), held
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import tappa
 from tappa.cache_argument import NAMES, cache_name, with_cache
 from tappa.errors import CompressionError, ModelError
+from tappa.versions import TESTED
 from tiny import tiny_model as make_tiny
 
 tiny_model: Callable[..., Any] = make_tiny  # whose generate() type checkers do not see
@@ -58,8 +60,6 @@ MEANWHILE: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 DRAFTS = ("the model as its own assistant", "drafts of fewer layers", "prompt lookup")
 TAKES_BACK = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
-# in transformers 5.2 without tappa
-FAIL_ALONE = [("a static cache", "gemma3"), "drafts of fewer layers"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -67,10 +67,13 @@ FAIL_ALONE = [("a static cache", "gemma3"), "drafts of fewer layers"]
 def test_the_full_cache_gives_the_text_of_the_model_alone(what: str, kind: str) -> None:
     model = tiny_model(kind)
     ids = REPEATED if what == "prompt lookup" else IDS
-    if (what, kind) in FAIL_ALONE or what in FAIL_ALONE:
-        pytest.importorskip("transformers", minversion="5.24")
     plain = {"max_new_tokens": NEW, "do_sample": False}
-    expected = model.generate(ids, **plain, **MEANWHILE[what](model))
+    try:
+        expected = model.generate(ids, **plain, **MEANWHILE[what](model))
+    except (TypeError, RuntimeError) as error:
+        if transformers.__version__ == TESTED[1]:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} fails without tappa: {error}"[:90])
     with tappa.compressed(model, "full") as cache:
         if what in DRAFTS and kind == "gemma3" and not TAKES_BACK:
             with pytest.raises(CompressionError, match="sliding window, which take back no token"):

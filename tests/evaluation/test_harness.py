@@ -144,15 +144,50 @@ def test_a_context_of_one_token_and_a_batch_with_one(smollm2: LoadedModel, plain
     assert cache.tokens_seen == 0  # the first row has no token before its last
 
 
-def test_the_longest_context_is_cut_on_the_left(smollm2: LoadedModel) -> None:
-    lm = TappaLM(smollm2.model, "full", tokenizer=smollm2.tokenizer, max_length=64, batch_size=1)
+@pytest.mark.parametrize("size", [64, 3])
+def test_a_context_that_is_too_long_is_cut_for_each_choice(smollm2: LoadedModel, size: int) -> None:
+    """As HFLM cuts it: a longer choice of the same context sees less of it."""
     ids = smollm2.tokenizer(TEXTS[0]).input_ids
-    continuation = [5, 7, 11]
-    long, cut = (
-        lm._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)[0]
-        for context in (ids, ids[-62:])
+    choices = ([5], [5, 7, 11], [13, 17], list(range(20, 20 + min(size, 40))))
+    pairs = [(None, ids[:n], choice) for n in (150, 61, 64, 2) for choice in choices]
+    mine = TappaLM(
+        smollm2.model, "full", tokenizer=smollm2.tokenizer, max_length=size, batch_size=1
     )
-    assert long == cut
+    theirs = HFLM(
+        pretrained=smollm2.model, tokenizer=smollm2.tokenizer, max_length=size, batch_size=1
+    )
+    found, wanted = (lm._loglikelihood_tokens(pairs, disable_tqdm=True) for lm in (mine, theirs))
+    assert [x[0] for x in found] == pytest.approx([x[0] for x in wanted], abs=1e-3)
+    with pytest.raises(EvaluationError, match=f"at most {size} tokens.*, got {size + 1}"):
+        mine._loglikelihood_tokens([(None, ids[:9], [7] * (size + 1))], disable_tqdm=True)
+
+
+def test_prompts_and_texts_that_are_too_long_are_as_hflms(smollm2: LoadedModel) -> None:
+    options = {"tokenizer": smollm2.tokenizer, "max_length": 48, "batch_size": 1}
+    mine = TappaLM(smollm2.model, "full", **options)
+    theirs = HFLM(pretrained=smollm2.model, **options)
+    rolling = [
+        lm.loglikelihood_rolling(
+            requests("loglikelihood_rolling", [(TEXTS[1],)]), disable_tqdm=True
+        )
+        for lm in (mine, theirs)
+    ]
+    assert rolling[0] == pytest.approx(rolling[1], abs=1e-2)
+    read_by = []
+    for lm in (mine, theirs):
+        seen: list[torch.Tensor] = []
+        generated = type(lm)._model_generate
+
+        def noted(context: torch.Tensor, *others, lm=lm, seen=seen, generated=generated, **named):
+            seen.append(context)
+            return generated(lm, context, *others, **named)
+
+        lm._model_generate = noted
+        asked = [(PROMPTS[0], OTHERS | {"until": ["\n\n"]})]
+        lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        read_by.append(seen[0])
+    assert torch.equal(*read_by)
+    assert read_by[0].shape == (1, 48 - 11)
 
 
 def test_options_of_the_method_and_of_hflm(smollm2: LoadedModel) -> None:

@@ -125,7 +125,10 @@ class Decoder:
     def _recorded(
         self, read: FixedReader, changed: list[Tensor], before: list[Tensor]
     ) -> torch.cuda.CUDAGraph:
-        """On a stream of the GPU where the tokens lie, which need not be the current one."""
+        """On a stream of the GPU where the tokens lie, which need not be the current one.
+
+        Other threads may go on meanwhile: that which watches over NCCL asks the GPU all the time.
+        """
         device = self.tokens.device
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
@@ -136,7 +139,8 @@ class Decoder:
                     x.copy_(old)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
             self.step(read)
         return graph
 

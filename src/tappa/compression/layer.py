@@ -246,9 +246,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.held is not None:
             self.select_rows([row for row in range(self.held.rows) for _ in range(repeats)])
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Forget the last `-tokens` tokens; a positive number is the length to keep."""
-        length = tokens if tokens > 0 else self.seen + tokens
+        by = int(tokens)  # some versions of transformers send a tensor
+        length = by if by > 0 else self.seen + by
         if self.held is None or length >= self.seen:
             return
         # the window is never dropped: a draft that was rejected can always be taken back

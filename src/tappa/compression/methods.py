@@ -169,6 +169,23 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return found[1], options
 
 
+def spelled_out(text: str) -> str:
+    """A method with all its options, those by default too: what its answers mean.
+
+    `snapkv(kernel=7)` -> `snapkv(window=32,kernel=7)`. Raises CompressionError for what is none.
+    """
+    name, options = parse_method(text)
+    method_named(name, **options)
+    parts = []
+    for part in name.split("+"):
+        taken = inspect.signature(METHODS[part]).parameters.values()
+        values = {one.name: options.get(one.name, one.default) for one in taken}
+        numbers = {one.name for one in taken if isinstance(one.default, float)}  # 50 means 50.0
+        texts = (f"{k}={float(v) if k in numbers else v}" for k, v in values.items())
+        parts.append(f"{part}({','.join(texts)})")
+    return "+".join(parts)
+
+
 def split_methods(text: str) -> list[str]:
     """`a,b(x=1,y=2)` -> its methods: a comma inside of brackets does not separate."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]

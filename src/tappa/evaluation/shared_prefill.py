@@ -66,6 +66,8 @@ class GridLM(TappaLM):
     `forget`. `prefill_seconds` and `prefills` add up.
     """
 
+    halves = False  # the rows of a prompt belong together: the grid halves
+
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> None:
