@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
         ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 32
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "n_group", "topk_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 512),
     **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), 32),
@@ -98,7 +98,8 @@ def tiny(kind: str) -> PreTrainedModel:
     except CannotBuild:
         raise
     except Exception as error:  # whatever a config or a constructor says of sizes that do not fit
-        raise CannotBuild(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        last = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise CannotBuild(f"{type(error).__name__}: {last}") from error
     model.generation_config.eos_token_id = None
     return model.eval().requires_grad_(False)
 
