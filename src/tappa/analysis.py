@@ -135,6 +135,8 @@ class Analysis:
 
 def _read_layer(content: dict[str, Any]) -> LayerStatistics:
     sums = {name: np.array(values) for name, values in content["sums"].items()}
+    # lists do not tell the shape of an array without numbers: no channel is rotated
+    sums["align"] = sums["align"].reshape(len(sums["energy"]), len(content["theta"]), 2)
     return LayerStatistics(content["layer"], content["theta"], content["scale"], sums)
 
 

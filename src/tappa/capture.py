@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tappa.adapters import unwrapped
 from tappa.attention_profile import Attention
-from tappa.cache_argument import with_cache
+from tappa.cache_argument import cache_among, with_cache
 from tappa.errors import CaptureError, ModelError
 from tappa.head_counts import shares_keys
 from tappa.interface import AttentionSwitch, attention_of
@@ -97,11 +97,12 @@ def prefill(
     with torch.inference_mode(), _capturing(model, consume) as session:
         session.logits_to_keep = logits_to_keep
         if chunk is None or chunk >= input_ids.shape[1]:
-            return session.forward(input_ids, attention_mask, None).logits
-        cache = DynamicCache(config=model.config)
+            return session.forward(input_ids, attention_mask).logits
+        out = None
         for piece in input_ids.split(chunk, dim=1):
-            logits = session.forward(piece, None, cache).logits
-        return logits
+            out = session.go_on(piece, out)
+        assert out is not None
+        return out.logits
 
 
 @dataclass
@@ -124,7 +125,19 @@ class _Session:
         self.switch = AttentionSwitch(self.model, self.attend)
         self.shards = HeadShards.of(self.model)
 
-    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
+    def go_on(self, ids: Tensor, before: Any) -> Any:
+        """The next piece of a prompt, with the cache that the model made for those before."""
+        if before is None:
+            return self.forward(ids, None, use_cache=True)
+        cache = cache_among(before)
+        if cache is None:
+            name = type(self.model).__name__
+            raise CaptureError(f"{name} returns no KV cache: analyse in one piece (chunk=None)")
+        return self.forward(ids, None, cache, use_cache=True)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, cache: Any = None, use_cache: bool = False
+    ) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
         tokens = ids.shape[1]
         valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
@@ -136,7 +149,7 @@ class _Session:
             input_ids=ids,
             attention_mask=mask,
             position_ids=self.positions,
-            use_cache=cache is not None,
+            use_cache=use_cache,
             **with_cache(self.model, cache),
             **({"logits_to_keep": self._kept(tokens)} if keep else {}),
         )

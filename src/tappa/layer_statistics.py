@@ -177,6 +177,9 @@ class PromptLayer:
 
         def statistics() -> LayerStatistics:
             arrays = sent()
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise NonFiniteError(f"layer {layer}: {name} is too large for a number")
             return LayerStatistics(layer, arrays.pop("theta").tolist(), scale, arrays)
 
         return statistics

@@ -44,6 +44,7 @@ class RotaryProbe:
         self.latest: inspect.BoundArguments | None = None  # call of the layer that runs now
         self._channels: dict[tuple[int, ...], tuple[Tensor, RotaryChannels]] = {}  # likewise
         self._rotary = [m for m in model.modules() if _inv_freqs(m)]
+        self._unknown: dict[nn.Module, str] = {}  # why a module's layout is not known
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of its own runs
 
     def hooks(self) -> list[RemovableHandle]:
@@ -81,6 +82,8 @@ class RotaryProbe:
                 f"expected a model with rotary position embeddings (RoPE), but "
                 f"{type(module).__name__} of {type(self.model).__name__} gets none"
             )
+        if module not in _LAYOUTS:
+            raise CaptureError(self._unknown[module])
         layout, table = _LAYOUTS[module], self._tables[module]
         key = (id(layout), id(table[0]), row, tokens.start, tokens.stop)
         if key not in self._channels:  # layers mostly share their tables
@@ -108,12 +111,15 @@ class RotaryProbe:
         self._tables[module] = table
         if _is_attention(module):
             self.latest = call
-            if module not in _LAYOUTS:
-                layout = self._probe(module, call)
+            if module not in _LAYOUTS and (layout := self._probe(module, call)) is not None:
                 _LAYOUTS[module] = next((k for k in _LAYOUTS.values() if k.same_as(layout)), layout)
 
-    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
-        """Learn a layer's layout from its attention module alone, without its weights."""
+    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout | None:
+        """Learn a layer's layout from its attention module alone, without its weights.
+
+        None where that fails, which matters only if the module calls an attention function: one of
+        linear attention does not, for example.
+        """
         hidden, (like, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
         arguments = _made_up(call)
 
@@ -124,6 +130,8 @@ class RotaryProbe:
             tables = tuple(t[None].to(like) for t in (cos, sin))
             made_up = {"hidden_states": noise.to(hidden), "position_embeddings": tables}
             module.forward(**(arguments | made_up))
+            if not self._seen:
+                raise _NoAttention
             queries, keys = self._seen[0]
             return queries[0], keys[0]
 
@@ -131,13 +139,21 @@ class RotaryProbe:
         try:
             with torch.no_grad(), WithoutWeights(module) as random:
                 return _layout(run, like.shape[-1])
+        except _NoAttention:
+            self._unknown[module] = f"{place} calls no attention function when it is run alone"
+            return None
         except (CaptureError, ModelError) as error:
             raise type(error)(f"{place}: {error}") from error
         except Exception as error:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CaptureError(f"{place}: its RoPE cannot be learned: {message}") from error
+            self._unknown[module] = f"{place}: its RoPE cannot be learned: {message}"
+            return None
         finally:
             self._seen = None
+
+
+class _NoAttention(Exception):
+    """No attention function was called."""
 
 
 # (cos, sin, seed of the random numbers) -> queries and keys: (heads, tokens, dim)
@@ -163,7 +179,7 @@ def _layout(run: Run, columns: int) -> RotaryLayout:
 
 
 def _made_up(call: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of a call for a few tokens of their own: no cache, no mask, first positions."""
+    """The arguments of a call for a few tokens of their own: no cache, first positions."""
     arguments: dict[str, Any] = {}
     for name, value in call.arguments.items():
         keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
@@ -174,7 +190,15 @@ def _made_up(call: inspect.BoundArguments) -> dict[str, Any]:
     device = call.arguments["hidden_states"].device
     for name in POSITION_ARGUMENTS & arguments.keys():
         arguments[name] = torch.arange(TOKENS, device=device)[None]
-    return arguments | {"attention_mask": None}
+    return arguments | {"attention_mask": _mask_of_all(arguments.get("attention_mask"))}
+
+
+def _mask_of_all(mask: object) -> Tensor | None:
+    """A mask of the same type under which all tokens see each other; None where it is no matrix."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    shape = 1, 1, TOKENS, TOKENS
+    return mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
 
 
 def _signature(module: nn.Module) -> inspect.Signature:

@@ -17,6 +17,7 @@ from tappa.rope import RotaryChannels
 # Rounding allowed in a logit, as a share of |q||k|: about 100 float32 roundings.
 TOLERANCE = 1e-5
 # Tightness (bound / actual) is counted in bins of a quarter of a doubling; the last one is open.
+UNDERFLOW = 1e-17  # norms below are not known: the squares of such numbers are 0 in float32
 BINS_PER_DOUBLING, BINS = 4, 48
 BOUNDS = (
     "vertical",
@@ -97,10 +98,9 @@ class Points:
         return self.scale * dot(self.query, self.key)
 
     def slack(self) -> Float[Tensor, "heads rows keys"]:
-        """Rounding allowed for each logit."""
-        return (
-            TOLERANCE * self.scale * self.query.norm(dim=-1, keepdim=True) * self.key.norm(dim=-1)
-        )
+        """Rounding allowed for each logit, that of norms below UNDERFLOW included."""
+        query, key = self.query.norm(dim=-1, keepdim=True), self.key.norm(dim=-1)
+        return self.scale * (TOLERANCE * query * key + UNDERFLOW * (query + key + UNDERFLOW))
 
 
 def dot(

@@ -80,11 +80,18 @@ def edited(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedCo
         twin = copy.deepcopy(config)
         for name, value in changes.items():
             setattr(twin.get_text_config(), name, value)
-        return type(twin).from_dict(twin.to_dict())
+        made = type(twin).from_dict(twin.to_dict())
     except Exception as error:  # whatever a config's own validation raises
         raise PruningError(
             f"{type(config).__name__} refuses {dict(changes)}: {first_line(error)}"
         ) from error
+    wanted, came = (part.get_text_config().to_dict() for part in (twin, made))
+    for name in changes:
+        if came.get(name) != wanted.get(name):  # Gemma 4's last layer is always a full one
+            raise PruningError(
+                f"{type(config).__name__} makes {name} {came.get(name)}, expected {wanted[name]}"
+            )
+    return made
 
 
 def check_plain(model: PreTrainedModel, changes: Mapping[str, Any], shapes: Shapes) -> None:
