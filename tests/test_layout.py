@@ -16,6 +16,7 @@ ORDER = [
     "tensor_parallel",
     "texts",
     "checkpoint",
+    "gguf_files",
     "models",
     "rope",
     "kernels",
