@@ -86,13 +86,9 @@ def apply_header(config: PreTrainedConfig, header: Header) -> None:
     known = type(config)()
     prefix = header.architecture + "."
     names = [name.removeprefix(prefix) for name in header.values if name.startswith(prefix)]
-    by_transformers = _READ_BY_TRANSFORMERS.get(header.architecture, set())
-    refused = [
-        name
-        for name in names
-        if name not in _HARMLESS | _ROPE | by_transformers
-        and not _apply(config, known, header, name)
-    ]
+    idle = _HARMLESS | _ROPE | _READ_BY_TRANSFORMERS.get(header.architecture, set())
+    names = [name for name in names if name not in idle]
+    refused = [name for name in names if not _apply(config, known, header, name)]
     if refused:
         some = ", ".join(f"{name} = {header.get(name)!r}"[:60] for name in refused[:3])
         more = f" and {len(refused) - 3} more keys" if len(refused) > 3 else ""
@@ -104,7 +100,7 @@ def apply_header(config: PreTrainedConfig, header: Header) -> None:
 
 
 def head_width(header: Header) -> int:
-    """Numbers of a key of one head: `attention.key_length`, else the embeddings' share of a head."""
+    """Numbers of one head's key: `attention.key_length`, else the embeddings' share of a head."""
     heads = _one(header.get("attention.head_count"))
     return int(header.get("attention.key_length") or header.get("embedding_length") // heads)
 

@@ -1,4 +1,4 @@
-"""Is a GGUF file a whole language model with its tokenizer? Told by its keys, before any building."""
+"""Is a GGUF file a whole language model with a tokenizer? Told by keys, before any building."""
 
 import re
 from collections.abc import Callable

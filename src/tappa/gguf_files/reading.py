@@ -5,7 +5,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tappa.checkpoint import LoadedModel, library_errors, load_model

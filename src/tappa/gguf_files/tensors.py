@@ -1,4 +1,4 @@
-"""Does a GGUF file hold the tensors of the model that its keys describe, all of them and no more?"""
+"""Does a GGUF file hold the tensors of the model that its keys describe, and no more?"""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ def require_tensors(header: Header, config: PreTrainedConfig) -> None:
     if _has_reader_of_its_own(header.architecture):
         return  # that one reports what it does not know
     names = _names(header, model)
-    _refuse(header, "the model has no use for", [n for n in header.tensors if not _used(n, names)])
+    _refuse("the model has no use for", [n for n in header.tensors if not _used(n, names)])
     sizes = _sizes(model)
     for name, info in header.tensors.items():
         size = sizes.get(names.get(name, ""))
@@ -35,7 +35,7 @@ def require_tensors(header: Header, config: PreTrainedConfig) -> None:
             raise ModelError(f"expected {size} numbers in its tensor {name}, got {info.shape}")
     given = {names[n] for n in names if n in header.tensors or f"{n}.weight" in header.tensors}
     tied = set(getattr(model, "_tied_weights_keys", None) or {}) & {"lm_head.weight"}
-    _refuse(header, "it lacks", [name for name in sizes if name not in given | tied])
+    _refuse("it lacks", [name for name in sizes if name not in given | tied])
 
 
 def _require_size(header: Header, model: PreTrainedModel) -> None:
@@ -60,7 +60,7 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
-def _refuse(header: Header, what: str, names: list[str]) -> None:
+def _refuse(what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ModelError(f"{what} {len(names)} tensors: {', '.join(names[:3])}{more}")
@@ -68,7 +68,7 @@ def _refuse(header: Header, what: str, names: list[str]) -> None:
 
 def _has_reader_of_its_own(architecture: str) -> bool:
     try:
-        from transformers.integrations.gguf import is_gguf_arch_supported
-    except ImportError:  # before transformers 5.20
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:  # in older versions all have the same reader
         return False
-    return bool(is_gguf_arch_supported(architecture))
+    return architecture in GGUF_ARCHS
