@@ -42,14 +42,15 @@ def _require_sizes(header: Header) -> None:
     if not header.architecture:
         raise ModelError("it lacks the key general.architecture")
     for name in _SIZES:
-        value = header.get(name)
-        if value is None:
+        if header.get(name) is None:
             raise ModelError(f"it lacks the key {header.architecture}.{name}")
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or any(type(n) is not int or not 0 <= n < 2**31 for n in numbers):
-            raise ModelError(
-                f"expected a size as {header.architecture}.{name}, got {value!r}"[:200]
-            )
+    for name in (*_SIZES, "attention.head_count_kv", "feed_forward_length"):
+        value = header.get(name, 1)
+        if isinstance(value, list) and header.architecture == "lfm2":
+            continue
+        if type(value) is not int or not 0 < value < 2**31:
+            text = f"expected one size as {header.architecture}.{name}, got {value!r}"
+            raise ModelError(text[:200])
 
 
 def _require_layers(header: Header) -> None:

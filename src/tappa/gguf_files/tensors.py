@@ -23,9 +23,8 @@ def require_tensors(header: Header, config: PreTrainedConfig) -> None:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    _require_size(header, model)
     if _has_reader_of_its_own(header.architecture):
-        return  # that one reports what it does not know
+        return _require_size(header, model)  # that reader tells what it does not know
     names = _names(header, model)
     _refuse("the model has no use for", [n for n in header.tensors if not _used(n, names)])
     sizes = _sizes(model)
