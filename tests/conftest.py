@@ -18,6 +18,7 @@ from tappa.cli import main
 from tappa.kernels import launching
 from tappa.models import LoadedModel
 
+pytest_plugins = ["not_run"]
 Run = Callable[..., tuple[int, str, str]]
 # there are no wheels of Triton for every platform
 collect_ignore = ["kernels"] if importlib.util.find_spec("triton") is None else []

@@ -21,6 +21,7 @@ from tappa.adapters import unwrapped
 from tappa.attention_profile import Attention
 from tappa.cache_argument import with_cache
 from tappa.errors import CaptureError, ModelError
+from tappa.head_counts import shares_keys
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -137,7 +138,7 @@ class _Session:
             position_ids=self.positions,
             use_cache=cache is not None,
             **with_cache(self.model, cache),
-            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
+            **({"logits_to_keep": self._kept(tokens)} if keep else {}),
         )
         if not self.layers_seen:
             raise ModelError(
@@ -146,6 +147,15 @@ class _Session:
             )
         self.start += tokens
         return out
+
+    def _kept(self, tokens: int) -> int | Tensor:
+        """Whose logits are wanted, as the model is told.
+
+        By their places, where a number would make layers that read others' keys leave out the rest.
+        """
+        if not self.logits_to_keep or not shares_keys(self.model):
+            return self.logits_to_keep
+        return torch.arange(max(tokens - self.logits_to_keep, 0), tokens)
 
     def attend(
         self,
@@ -158,7 +168,7 @@ class _Session:
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: show the layer to `consume`, then call it."""
         if self.probe.probing:
-            return self.probe.answer(query, value)
+            return self.probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         output = kernel(module, query, key, value, attention_mask, **kwargs)
         self._show(module, query, key, attention_mask, kwargs)
@@ -169,7 +179,9 @@ class _Session:
     ) -> None:
         attention = attention_of(module, query, kwargs)
         rotary = self._rotary(module)
-        layer = int(cast(int, module.layer_idx))
+        layer, tokens = int(cast(int, module.layer_idx)), self.positions.shape[1]
+        if query.shape[2] != tokens:
+            raise CaptureError(f"layer {layer}: expected {tokens} queries, got {query.shape[2]}")
         if layer in self.layers_seen:
             raise ModelError(
                 f"layer {layer} ({type(module).__name__}) attends more than once in a forward "

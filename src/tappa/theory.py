@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Int64, Real
 from torch import Tensor
 
+from tappa.fetching import send
 from tappa.rope import RotaryChannels
 
 # Rounding allowed in a logit, as a share of |q||k|: about 100 float32 roundings.
@@ -244,7 +245,7 @@ def check_bounds(
     u, v = (torch.cat(part) for part in zip(*shifts.values(), strict=True))
     share = torch.linspace(0, 1, rows)
     at = ((steps - u - 1)[:, None] * share).round().long()
-    at, u, v = (x.to(layer.queries.device, non_blocking=True) for x in (at, u, v))
+    at, u, v = (send(x, layer.queries.device) for x in (at, u, v))
     key_at = layer.sample_keys(at, keys, v)
     now = Points.of(layer, at, key_at)
     then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])

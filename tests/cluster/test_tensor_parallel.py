@@ -12,7 +12,7 @@ import torch
 
 import tappa
 from conftest import Run
-from split_model import METHODS, TEXTS, commands, kept
+from split_model import METHODS, TEXTS, WRITING, commands, kept, written
 from tappa.analysis import Analysis
 from tappa.errors import CaptureError, ModelError
 from tappa.layer_statistics import LayerStatistics
@@ -76,6 +76,35 @@ def test_a_compressed_cache_keeps_the_same_tokens(model: Path, split: Path, meth
     assert found == whole
     held = [len(head) for layer in whole for head in layer]
     assert sum(held) < 90 * len(held)
+
+
+@pytest.mark.parametrize("method", WRITING)
+@pytest.mark.parametrize("graph", [False, True])
+def test_text_is_written_as_by_the_whole_model(
+    model: Path, split: Path, method: str, graph: bool
+) -> None:
+    """One by one and on fixed buffers, with many cuts."""
+    tokens, held, seen = written(tappa.load(model).model, method, graph, range(2))
+    ranks = [json.loads((split / f"written-{rank}.json").read_text()) for rank in range(2)]
+    parts = [rank[f"{method} {graph}"] for rank in ranks]
+    assert [part[0] for part in parts] == [tokens, tokens]
+    assert [[a[0], b[0]] for a, b in zip(parts[0][1], parts[1][1], strict=True)] == held
+    assert [part[2] for part in parts] == [seen, seen]
+    assert sum(len(head) for heads in held for head in heads) < seen * len(held) * 2
+
+
+def test_ranks_talk_only_where_tokens_are_dropped(split: Path) -> None:
+    """Besides what the model itself has to say."""
+    for rank in range(2):
+        talk = json.loads((split / f"collectives-{rank}.json").read_text())
+        assert talk["snapkv"][5:10] == [1, 1, 0, 0, 0]
+        assert talk["adakv"][7:10] == [0, 0, 0]
+
+
+def test_ranks_draw_the_same_tokens(split: Path) -> None:
+    first, second = (json.loads((split / f"drawn-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert len(set(first)) > 1
 
 
 def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,13 +28,13 @@ from tappa.compression.budgets import Evidence, allocate
 from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
+from tappa.compression.newest import NewestTokens
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.compression.serving import served_by, start_serving, stop_serving
 from tappa.errors import CompressionError
 from tappa.fetching import Fetched
 from tappa.interface import AttentionSwitch, attention_of
-from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -102,8 +103,8 @@ class CompressedCache(DynamicCache):
         self._hooks: list[RemovableHandle] = []
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
-        self._positions: Tensor = torch.empty(0)  # of the new tokens, for all layers
-        self._tables: dict[int, Table] = {}  # of these positions, by RoPE
+        self._newest = NewestTokens()
+        self._counted: dict[int, tuple[list[int], int, int]] = {}  # edits, seen and held of a row
         self._unbalanced = False  # the layer read last is still whole
         self._failed = self._running = False
         before, after = LateHook(self._before), LateHook(self._after)
@@ -199,6 +200,16 @@ class CompressedCache(DynamicCache):
     def __copy__(self) -> "CompressedCache":
         return self.copy()
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back the last tokens, a draft that was rejected."""
+        try:
+            super().crop(*args, **kwargs)
+        except ValueError as error:  # of the layers that are not compressed
+            raise CompressionError(
+                f"{type(self.model).__name__} has layers with a sliding window, which take back no "
+                f"token in transformers {transformers.__version__}: {error}"
+            ) from error
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -238,7 +249,7 @@ class CompressedCache(DynamicCache):
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
-        self._positions = arange[0]
+        self._newest = NewestTokens(arange[0])
         if self.evicting and seen and new < self._prompt_like:
             self.make_room(new)
         self.switch.on()
@@ -257,8 +268,7 @@ class CompressedCache(DynamicCache):
             hook.remove()
         self._failed = output is None
         self._settle()
-        self._hooks, self._position_ids, self._positions = [], torch.empty(0), torch.empty(0)
-        self._tables.clear()
+        self._hooks, self._position_ids, self._newest = [], torch.empty(0), NewestTokens()
         self._probe.forget()
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         for layer in self.compressed_layers:
@@ -315,7 +325,7 @@ class CompressedCache(DynamicCache):
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: call it on the tokens held, then compress."""
         if self._probe.probing:
-            return self._probe.answer(query, value)
+            return self._probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         layer = self.layers[cast(int, module.layer_idx)]
         if not isinstance(layer, CompressedLayer):
@@ -361,7 +371,7 @@ class CompressedCache(DynamicCache):
             self._known_rotary = rotary
             if self.evicting:
                 self.observe(mine, query, cascade=False)
-        self._known_rotary = None
+        self._known_rotary, self._newest = None, NewestTokens()
         self.peak_nbytes = full.nbytes
 
     def balance(self) -> None:
@@ -381,9 +391,9 @@ class CompressedCache(DynamicCache):
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
             layer.drop_padding(valid)
-        if len(self._positions) != new:  # outside of a forward pass
-            self._positions = torch.arange(start, start + new)
-        everywhere = self._positions = self._positions.to(query.device)
+        if len(self._newest) != new:  # outside of a forward pass
+            self._newest = NewestTokens(torch.arange(start, start + new, device=query.device))
+        everywhere = self._newest.positions(query.device)
         for row, queries in enumerate(query):
             positions, tokens = everywhere, slice(0, new)
             if valid is not None and not bool(valid[row].all()):
@@ -409,16 +419,16 @@ class CompressedCache(DynamicCache):
         method, rule, held = self.method, self.method.rule, layer.storage()
         assert rule is not None
         if len(layer.observations) <= row:
-            first = layer.seen - len(self._positions) + tokens.start
+            first = layer.seen - len(self._newest) + tokens.start
             layer.observations.append(Observation.empty(queries, first))
         seen = layer.observations[row]
-        end = layer.seen - len(self._positions) + tokens.stop
+        end = layer.seen - len(self._newest) + tokens.stop
         seen.see(queries, positions, method.window, end)
         if prompt:
             table = None
             if self._wants_rotary:
                 seen.rotary = self._channels(layer, row, tokens)
-                table = self._table(seen.rotary, positions)
+                table = self._newest.table(seen.rotary, positions)
             seen.learn(queries, positions, method.scorer, rule, table)
         if "received" in method.scorer.needs:
             if "received" not in held.figures:
@@ -437,15 +447,8 @@ class CompressedCache(DynamicCache):
     def _ask_rotary(self, layer: CompressedLayer, new: int) -> None:
         """Have RoPE ready before attention: at first, the CPU waits for what a GPU has to do."""
         if self._wants_rotary:
-            self._table(self._channels(layer, 0, slice(0, new)), self._positions)
-
-    def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
-        """Cosine and sine of these positions; those of all new tokens are made once for all."""
-        if positions is not self._positions:
-            return rotary.table(positions)
-        if id(rotary) not in self._tables:
-            self._tables[id(rotary)] = rotary.table(positions)
-        return self._tables[id(rotary)]
+            rotary = self._channels(layer, 0, slice(0, new))
+            self._newest.table(rotary, self._newest.positions(rotary.theta.device))
 
     def _compress(self, layer: CompressedLayer) -> None:
         """Rank the tokens of a layer and set its preference."""
@@ -461,7 +464,7 @@ class CompressedCache(DynamicCache):
             if self.fixed is not None:
                 preferences.append(self.fixed[layer.index])
             else:
-                evidence = seen.evidence(blank, rule, tokens).over(gather)
+                evidence = seen.evidence(blank, rule, tokens).over(gather, self.shards.ranks)
                 preferences.append(Fetched(rule.weigh(evidence)))
         layer.preferences = preferences
 
@@ -493,10 +496,8 @@ class CompressedCache(DynamicCache):
         layers = self.compressed_layers
         heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
         for row in range(layers[0].storage().rows):
-            counts = self._lengths(layers, row)
-            held = sum(sum(count) for count in counts)
             total = self.total(row)
-            if held + new * heads > total:
+            if self._count(row) + new * heads > total:
                 room = total - max(new, self.every) * heads
                 self._balance(row, max(room, self.method.least * heads))
         for layer in self.compressed_layers:
@@ -533,6 +534,20 @@ class CompressedCache(DynamicCache):
         tokens = allocate(rule, flat, total, least, capacity).tolist()
         return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
+    def _count(self, row: int) -> int:
+        """Tokens that all KV heads of all layers hold of a row.
+
+        Ranks of a split model ask each other only after one has been dropped: new ones are known.
+        """
+        layers, seen = self.compressed_layers, self.tokens_seen
+        edits = [layer.edits for layer in layers]
+        if row not in self._counted or self._counted[row][0] != edits:
+            held = sum(map(sum, self._lengths(layers, row)))
+            self._counted[row] = edits, seen, held
+        _, before, held = self._counted[row]
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        return held + (seen - before) * heads
+
     def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
         """Tokens that each KV head of these layers holds, on other ranks of a split model too."""
         mine = [layer.storage().row_lengths(row) for layer in layers]
@@ -557,5 +572,6 @@ def _only_new(kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
     if kwargs.get("use_cache") is not False or ids is None or places is None:
         return kwargs
     again = 0 < seen < ids.shape[1] == places.shape[-1] and int(places[..., 0].min()) <= 1
-    late = {"input_ids": ids[:, seen:], "position_ids": places[..., seen:]}
-    return kwargs | late if again else kwargs
+    late = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "cache_position")}
+    cut = {name: x[..., seen:] for name, x in late.items() if x is not None}
+    return kwargs | cut if again else kwargs

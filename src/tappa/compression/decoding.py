@@ -15,7 +15,6 @@ from tappa.compression.eviction import NEEDS
 from tappa.compression.options import check_ids
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
-from tappa.tensor_parallel import HeadShards
 
 Ids = Int[Tensor, "rows tokens"]
 # of a generation config: what does not change which token is the most probable one
@@ -68,7 +67,7 @@ def generate(
             show(known[0])
         last, after = (ids[:, -1], mask.sum(1) - 1) if first is None else (first, mask.sum(1))
         new = max_new_tokens - len(known)
-        decoder = Decoder(last, after, new, temperature, *_ends(cache))
+        decoder = Decoder(last, after, new, temperature, *_ends(cache), cache.shards)
         if first is None:
             decoder.finished.fill_(False)  # whatever a prompt ends with
         steps = _choose_steps(cache, decoder, mask, new, graph, compiled)
@@ -153,7 +152,7 @@ def _choose_steps(
         try:
             return FixedSteps(cache, decoder, new, compiled)
         except torch.OutOfMemoryError:  # its buffers are beside the cache
-            if graph:
+            if graph or cache.shards.ranks > 1:  # other ranks may have the memory
                 raise
     return PlainSteps(cache, decoder, mask)
 
@@ -163,8 +162,6 @@ def why_not(cache: CompressedCache) -> str | None:
     layers, method = cache.compressed_layers, cache.method
     if len({weight.device for weight in cache.model.parameters()}) > 1:
         return "the model lies on several devices"
-    if HeadShards.of(cache.model).ranks > 1:
-        return "heads are split over processes"
     if len(layers) < len(cache.layers):
         return "some layers have a sliding window"
     if any(layer.attention != layers[0].attention for layer in layers):
@@ -201,7 +198,8 @@ def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Te
     ).logits
     if bool(logits[:, -1].isnan().any()):
         raise NonFiniteError("NaN among the logits of the first new token: look at the weights")
-    return choose_tokens(logits[:, -1], temperature)
+    last = logits[:, -1].to(ids.device)  # from where the last layer lies
+    return choose_tokens(last, temperature, cache.shards)
 
 
 def _ends(cache: CompressedCache) -> tuple[list[int], int]:
