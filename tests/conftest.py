@@ -85,6 +85,15 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, poison: None) -> list[str]:
     return ran
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As workers have: sums in the same order as theirs, to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Ray cluster on this machine: a head with five CPUs, to which nodes can be added.
