@@ -1,8 +1,8 @@
 """Two computations of one text or one cache, compared where rounding cannot decide.
 
-Two kernels, dtypes, machines or orders of summation round differently. Where the two best logits of
-a step, or the scores on both sides of a cut, are a near tie, each may choose another token, and what
-follows is another text. So one side is watched, and both are compared up to the first near tie.
+Two kernels, dtypes, machines or orders of summation round differently. Where the two best logits
+of a step, or the scores on both sides of a cut, are a near tie, each may choose another token, and
+what follows is another text. So one side is watched, and both are compared up to the first one.
 """
 
 from collections.abc import Callable, Iterator
@@ -129,13 +129,8 @@ def _noted_cut(plain: Callable[..., None], seen: Watched) -> Callable[..., None]
 
         def against(tokens: TokenView) -> Tensor:
             moved = {x: x if x in stay & go else _off(x, -1 if x in stay else 1) for x in stay | go}
-            found = [
-                [moved.get(scored.get(p), 0.0) for p in positions]
-                for scored, positions in zip(
-                    layer.scored[row], tokens.positions.tolist(), strict=True
-                )
-            ]
-            return torch.tensor(found)
+            heads = zip(layer.scored[row], tokens.positions.tolist(), strict=True)
+            return torch.tensor([[moved.get(of.get(p), 0.0) for p in at] for of, at in heads])
 
         twin.method = replace(twin.method, scorer=replace(twin.method.scorer, score=against))
         plain(twin, row, limits)

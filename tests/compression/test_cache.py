@@ -228,9 +228,7 @@ def test_padded_rows_are_as_if_alone(name: str) -> None:
     for row, prompt, pads in ((0, short, 14), (1, long, 0)):
         alone = cache_of(model, name)
         with watched() as seen:
-            expected = [
-                run(model, piece, alone) for piece in (prompt, *(p[:1] for p in pieces[1:]))
-            ]
+            expected = [run(model, p[:1], alone) for p in (prompt, *pieces[1:])]
         seen.check_clear()
         for step, theirs in enumerate(expected):
             actual = logits[step][row : row + 1, -theirs.shape[1] :]
