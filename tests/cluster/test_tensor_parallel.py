@@ -12,6 +12,7 @@ import torch
 
 import tappa
 from conftest import Run
+from near_ties import watched
 from split_model import METHODS, TEXTS, WRITING, commands, kept, written
 from tappa.analysis import Analysis
 from tappa.errors import CaptureError, ModelError
@@ -70,7 +71,9 @@ def test_the_analysis_has_all_heads_under_their_numbers(model: Path, split: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compressed_cache_keeps_the_same_tokens(model: Path, split: Path, method: str) -> None:
-    whole = kept(tappa.load(model).model, method, range(2))
+    with watched() as seen:
+        whole = kept(tappa.load(model).model, method, range(2))
+    seen.check_clear()
     ranks = [json.loads((split / f"kept-{rank}.json").read_text())[method] for rank in range(2)]
     found = [[heads[0] for heads in layer] for layer in zip(*ranks, strict=True)]
     assert found == whole
@@ -116,7 +119,9 @@ def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) 
     for name in ("cosines", "similarity", "output"):
         np.testing.assert_allclose(getattr(mine, name), getattr(whole, name), rtol=1e-4)
     (seen,) = load_views(split / "views.npz")
-    alone = look(*loaded, TEXTS[0], methods=("snapkv",))
+    with watched() as cuts:
+        alone = look(*loaded, TEXTS[0], methods=("snapkv",))
+    cuts.check_clear()
     assert seen.maps.shape == alone.maps.shape
     assert np.abs(seen.maps.astype(int) - alone.maps).max() <= 1
     np.testing.assert_array_equal(seen.kept, alone.kept)
@@ -133,7 +138,9 @@ def test_the_command_line_on_two_ranks(run: Run, model: Path, split: Path, tmp_p
     assert len(mine["heads"]) == len(theirs["heads"]) == 12
     for one, other in zip(mine["heads"], theirs["heads"], strict=True):
         assert one["q_similarity"] == pytest.approx(other["q_similarity"], abs=1e-5)
-    code, _, _ = run(*commands(model, tmp_path)[0])
+    with watched() as cuts:
+        code, _, _ = run(*commands(model, tmp_path)[0])
+    cuts.check_clear()
     assert code == 0
     for folder in ("analysis", "results"):
         names = sorted(path.name for path in (tmp_path / folder).iterdir())

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import NAMES, cache_name, with_cache
 from tappa.errors import CompressionError, ModelError
 from tappa.versions import TESTED
@@ -69,7 +70,8 @@ def test_the_full_cache_gives_the_text_of_the_model_alone(what: str, kind: str) 
     ids = REPEATED if what == "prompt lookup" else IDS
     plain = {"max_new_tokens": NEW, "do_sample": False}
     try:
-        expected = model.generate(ids, **plain, **MEANWHILE[what](model))
+        with watched(model) as seen:
+            expected = model.generate(ids, **plain, **MEANWHILE[what](model))
     except (TypeError, RuntimeError) as error:
         if transformers.__version__ == TESTED[1]:
             raise
@@ -80,7 +82,10 @@ def test_the_full_cache_gives_the_text_of_the_model_alone(what: str, kind: str) 
                 model.generate(ids, **plain, **MEANWHILE[what](model))
             return
         found = model.generate(ids, **plain, **MEANWHILE[what](model))
-    assert torch.equal(found, expected)
+    if what == "a static cache":  # attends over as many tokens as there may be, with a mask
+        seen.check_text(found, expected, least=8)
+    else:
+        assert torch.equal(found, expected)
     assert found.shape[1] - 5 <= cache.tokens_seen <= found.shape[1]
     assert "generate" not in vars(model)
 
@@ -186,7 +191,7 @@ def test_rows_of_the_full_cache_can_be_repeated_and_chosen(model: Any, rows: int
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     cache.batch_select_indices(torch.arange(rows))
     found = next_logits(model, cache, rows)
-    assert torch.allclose(found, alone.expand_as(found), atol=1e-5)
+    torch.testing.assert_close(found, alone.expand_as(found), atol=1e-5, rtol=1e-4)
 
 
 # ---- gradients, copies, pickles

@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression.stepping import FixedSteps
 from tappa.errors import CompressionError, EvaluationError
@@ -60,7 +61,10 @@ def test_without_compression_it_is_hflm(
     smollm2: LoadedModel, plain: HFLM, method: str, budget: int
 ) -> None:
     lm = made(smollm2, method, budget)
-    assert answers(lm) == answers(plain)
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(plain)
+    seen.check_clear()
+    assert answers(lm) == expected
     for mine, theirs in zip(likelihoods(lm), likelihoods(plain), strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-3)
         assert mine[1] == theirs[1]
@@ -78,7 +82,10 @@ def test_compression_changes_answers(smollm2: LoadedModel, plain: HFLM, method: 
 
 @pytest.mark.parametrize("method", ["full", "streaming_llm", "snapkv", "tappa"])
 def test_a_padded_batch_gives_the_answers_of_one_by_one(smollm2: LoadedModel, method: str) -> None:
-    assert answers(made(smollm2, method, 48, batch=3)) == answers(made(smollm2, method, 48))
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(made(smollm2, method, 48))
+    seen.check_clear()
+    assert answers(made(smollm2, method, 48, batch=3)) == expected
 
 
 @pytest.mark.parametrize(("method", "batch"), [("tappa", 3), ("snapkv", 1)])
@@ -88,7 +95,9 @@ def test_fixed_steps_give_the_same_answers(
     """As on a GPU; a text goes on a little behind the words that end it, which lm-eval cuts off."""
     monkeypatch.setitem(OTHERS, "until", [" of", "\n"])
     lm = made(smollm2, method, 48, batch)
-    expected = answers(lm)
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(lm)
+    seen.check_clear()
     ran: list[int] = []
     run = FixedSteps.run
 
@@ -235,6 +244,7 @@ def test_bad_arguments(
         TappaLM(smollm2.model, **({"tokenizer": smollm2.tokenizer} | arguments))
 
 
+@pytest.mark.same_kernel
 def test_the_model_is_left_as_it_was(smollm2: LoadedModel) -> None:
     ids = smollm2.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     with torch.inference_mode():
