@@ -218,7 +218,7 @@ def in_process(kind: str) -> dict[str, str]:
     except EOFError:
         process.join()
         end = "took too long" if process.exitcode == -signal.SIGALRM else "ended the process"
-        found = {name: f"fault: {end}" for name in OPERATIONS}
+        found = dict.fromkeys(OPERATIONS, f"fault: {end}")
     process.join()
     print(kind, {k: v for k, v in found.items() if v != WORKS}, flush=True)
     return found
@@ -259,8 +259,8 @@ def page(rows: dict[str, dict[str, str]], real: dict[str, dict[str, str]]) -> st
         [
             "# Models",
             "",
-            "What works on which architecture. `python runs/models_table.py` writes this page anew, "
-            "in some minutes on two cores.",
+            "What works on which architecture. `python runs/models_table.py` writes this page "
+            "anew, in some minutes on two cores.",
             "",
             f"transformers {version('transformers')}, torch {version('torch')}: of {len(rows)} "
             f"causal architectures {len(tiny_rows)} have RoPE and could be tried, {len(without)} "

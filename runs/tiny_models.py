@@ -18,13 +18,17 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "v_head_dim", "attention_head_dim", "kv_channels"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "o_lora_rank", "hidden_size_per_layer_input"), 16
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "inner_dim"), 48),
     **dict.fromkeys(
         ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 32
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"), 2
+    ),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "n_group", "topk_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 512),
     **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), 32),
