@@ -96,7 +96,7 @@ def test_dead_weak_and_strong_heads_violate_no_bound(
 
 
 def test_figures_too_large_for_a_number_are_told_at_once() -> None:
-    with pytest.raises(NonFiniteError, match="layer 1: .* too large"):
+    with pytest.raises(NonFiniteError, match=r"layer 1: .* too large"):
         analyze(altered("q_norm", 1e36), tiny_tokenizer(), TEXT)
 
 
