@@ -18,6 +18,7 @@ ORDER = [
     "head_counts",
     "texts",
     "checkpoint",
+    "gguf_files",
     "models",
     "rope",
     "kernels",

@@ -179,8 +179,10 @@ def _cake(e: Evidence, tau1: float, tau2: float) -> Tensor:
     return (entropy ** (1 / tau1) * spread ** (1 / tau2)).expand(e.kv_heads)
 
 
-def allocate(rule: Rule, preference: Any, total: int, least: int, capacity: Any) -> IntArray:
+def allocate(rule: Rule, preference: Any, total: int, least: Any, capacity: Any) -> IntArray:
     """Tokens of every head: at most `total` in all, at least `least` (or all that a head has).
+
+    `least` is one number, or one for each head.
 
     Deterministic, and no head gets less when the total grows.
     """

@@ -10,14 +10,14 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -25,6 +25,13 @@ from transformers.cache_utils import (
 
 from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.fit import (
+    KeyFlow,
+    check_border,
+    check_mask,
+    kv_heads_by_layer,
+    rereads_after,
+)
 from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
@@ -43,6 +50,8 @@ from tappa.tensor_parallel import HeadShards
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
 KERNELS = ("sdpa", "eager", "flash_attention_2")
+# in the place of layers that have no keys of their own, where transformers has such a class
+NO_LAYERS = {kind for kind in [getattr(cache_utils, "DummyLayer", None)] if kind is not None}
 
 
 class CompressedCache(DynamicCache):
@@ -61,7 +70,6 @@ class CompressedCache(DynamicCache):
         method: Method,
         budget: int | float | None,
         every: int = 16,
-        preferences: list[list[float]] | None = None,
     ) -> None:
         if not getattr(model, "_supports_attention_backend", False):
             raise CompressionError(
@@ -70,18 +78,22 @@ class CompressedCache(DynamicCache):
             )
         needs = method.scorer.needs | (method.rule.needs if method.rule else set())
         self._wants_rotary = bool(needs & {"moments", "similarity"})
+        self._watches = self._wants_rotary or "call" in needs
         if self._wants_rotary:
             require_rope(model)
         super().__init__(config=model.config)
         self.model, self.method, self.budget, self.every = model, method, budget, every
-        self.fixed = preferences  # of each compressed layer and KV head, from an Analysis
+        self.fixed: list[list[float]] | None = (
+            None  # preference of each compressed layer and KV head, from an Analysis
+        )
         self.frozen = False  # nothing is dropped any more
         self._used = False  # since `with` was entered
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
-        self.shards = HeadShards.of(model)
+        self.shards, self._border = HeadShards.of(model), rereads_after(model)
         self.peak_nbytes = 0
-        kinds = {type(layer) for layer in self.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        known = {DynamicLayer, DynamicSlidingWindowLayer, *NO_LAYERS}
+        kinds = {type(layer) for layer in self.layers} - known
         if kinds:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise CompressionError(
@@ -95,12 +107,16 @@ class CompressedCache(DynamicCache):
             )
         for index, layer in enumerate(full):
             self.layers[layer] = CompressedLayer(index, method, self.shards)
+        by_layer = kv_heads_by_layer(model)  # as far as is known before they come
+        self._expected = [1 if by_layer is None else by_layer[number] for number in full]
         self._connect(AttentionSwitch(model, LateHook(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
         self.switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
+        self._flow = KeyFlow()
+        self._asked = False  # whether it is empty, since the model ran last
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
         self._newest = NewestTokens()
@@ -221,7 +237,14 @@ class CompressedCache(DynamicCache):
             )
         self._settle()
         key_states, value_states = key_states.detach(), value_states.detach()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._flow.returned(layer_idx, pair)
+        return pair
+
+    def __bool__(self) -> bool:
+        """True, as of other caches. Models ask it before they throw a cache away."""
+        self._asked = True
+        return True
 
     def _compressed(self, layer: int) -> CompressedLayer:
         found = self.layers[layer]
@@ -232,16 +255,17 @@ class CompressedCache(DynamicCache):
     # ---- around a forward pass
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        given = cache_among(kwargs)
-        if served_by(model) is self and _starts_prompt(given, kwargs):
+        given, ids = cache_among(kwargs), _inputs(args, kwargs)
+        starts = served_by(model) is self and _starts_prompt(given, kwargs)
+        if starts or (given is None and self._thrown_away(ids, kwargs.get("attention_mask"))):
             self.reset()
             given = self
+        self._asked = False
         if given is not self:
             return None
         self._used = True
         kwargs = _only_new(rename_cache(model, kwargs, self), self.tokens_seen)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        ids = _inputs(args, kwargs)
         if ids is None:
             raise CompressionError("expected input_ids or inputs_embeds")
         self._check(ids, kwargs.get("attention_mask"))
@@ -255,9 +279,24 @@ class CompressedCache(DynamicCache):
         self.switch.on()
         self._running = True
         reading = self.evicting and (new >= self._prompt_like or not seen)
-        if reading or self.recorder is not None:
+        if (reading and self._watches) or self.recorder is not None:
             self._hooks = self._probe.hooks()
         return args, kwargs
+
+    def _thrown_away(self, ids: Tensor | None, mask: Tensor | None) -> bool:
+        """Whether `generate` reads a whole text again, without the cache that it was given."""
+        border, seen = self._border if self._asked else None, self.tokens_seen
+        if ids is None or border is None:
+            return False
+        length = ids.shape[1] if mask is None else mask.shape[1]
+        if not seen <= border < length:
+            return False
+        if seen and (self.frozen or ids.shape[1] < length):
+            raise CompressionError(
+                f"{type(self.model).__name__} throws its cache away when a text grows past "
+                f"{border} tokens, where its RoPE has other frequencies: {seen} were in it"
+            )
+        return True
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if not self._running:
@@ -267,18 +306,37 @@ class CompressedCache(DynamicCache):
         for hook in self._hooks:
             hook.remove()
         self._failed = output is None
+        unread = [n for n in self._flow.unread() if isinstance(self.layers[n], CompressedLayer)]
+        self._flow.forget()
         self._settle()
         self._hooks, self._position_ids, self._newest = [], torch.empty(0), NewestTokens()
         self._probe.forget()
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        self.__dict__.pop("shared_layers", None)  # where Gemma 3n leaves keys for later layers
         for layer in self.compressed_layers:
             layer.forget_ranks()
+        if output is not None:
+            self._check_all_read(unread)
+
+    def _check_all_read(self, unread: list[int]) -> None:
+        """After a forward pass: every layer must have been written and read."""
+        seen, layers = self.tokens_seen, enumerate(self.layers)
+        unread += [n for n, x in layers if isinstance(x, CompressedLayer) and x.seen != seen]
+        if unread:
+            self._failed = True
+            raise CompressionError(
+                f"{type(self.model).__name__} does not attend to its cache layer by layer (layers "
+                f"{', '.join(map(str, sorted(set(unread))))} of {len(self.layers)}): "
+                "it cannot be compressed"
+            )
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
         """Refuse what would give wrong results, before anything runs."""
         new, seen = ids.shape[1], self.tokens_seen
         if self._failed:
             raise CompressionError("the last forward pass on this cache failed: call reset() first")
+        if self._border is not None:
+            check_border(self.model, seen, seen + new)
         implementation = self.switch.config._attn_implementation
         if implementation not in KERNELS:
             raise CompressionError(
@@ -327,21 +385,24 @@ class CompressedCache(DynamicCache):
         if self._probe.probing:
             return self._probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
-        layer = self.layers[cast(int, module.layer_idx)]
-        if not isinstance(layer, CompressedLayer):
+        layer, first = self._layer_of(module, key, value)
+        if layer is None:
             return kernel(module, query, key, value, attention_mask, **kwargs)
-        layer.attention, layer.module = attention_of(module, query, kwargs), module
+        if first:
+            layer.attention, layer.module = attention_of(module, query, kwargs), module
+        if self.evicting or self._valid is not None or not layer.whole:
+            check_mask(attention_mask)
         if self.evicting and self._valid is None and self._is_prompt(layer, query.shape[2]):
             self._ask_rotary(layer, query.shape[2])
         if query.shape[2] == 1 and (own := layer.attend(query)) is not None:
             output: tuple[Tensor, Tensor | None] = (own, None)
-        elif layer.split or (self.switch.wrapped.startswith("flash") and not layer.complete):
-            done = by_segment(kernel, layer.storage(), module, query, kwargs)
-            output = (done, None)
+        elif layer.split or (self.switch.wrapped.startswith("flash") and not layer.whole):
+            output = (by_segment(kernel, layer, module, query, (key, value), kwargs), None)
         else:
             mask = layer.mask_for(attention_mask, query)
             output = kernel(module, query, key, value, mask, **kwargs)
-        self._learn(layer, query.detach())
+        if first:
+            self._learn(layer, query.detach())
         return output
 
     @torch.no_grad()
@@ -353,6 +414,53 @@ class CompressedCache(DynamicCache):
             self.observe(layer, query)
         elif self._valid is not None:
             layer.drop_padding(self._valid.to(query.device))
+
+    def _layer_of(
+        self, module: nn.Module, key: Tensor, value: Tensor
+    ) -> tuple[CompressedLayer | None, bool]:
+        """The compressed layer whose keys these are, and whether they are seen for the first time.
+
+        None for a sliding window and for attention that has no cache, such as that of an encoder.
+        """
+        arrival = self._flow.arrived(module, key, value)
+        number = getattr(module, "layer_idx", None)
+        if arrival is None:
+            if getattr(module, "config", None) is self.switch.config:
+                self._check_unknown(module, number)
+            return None, True
+        layer = self.layers[arrival.layer]
+        if not isinstance(layer, CompressedLayer):
+            return None, True
+        if arrival.first:
+            layer.expansion = arrival.expansion
+        layer.plain &= arrival.first and arrival.expansion is None and number == arrival.layer
+        if layer.expansion is not None:
+            self._check_expansion(module)
+        return layer, arrival.first
+
+    def _check_unknown(self, module: nn.Module, number: int | None) -> None:
+        """Refuse attention to keys that the cache has not returned, where it should have."""
+        if number is None:
+            return
+        slot = self.layers[number] if number < len(self.layers) else None
+        if slot is None or isinstance(slot, CompressedLayer) or type(slot) in NO_LAYERS:
+            raise CompressionError(
+                f"{type(module).__name__} of layer {number} attends to keys that did not come from "
+                "the cache: it cannot be compressed"
+            )
+
+    def _check_expansion(self, module: nn.Module) -> None:
+        name = type(module).__name__
+        if self.switch.wrapped.startswith("flash"):
+            raise CompressionError(
+                f"{name} expands what it caches, which is compressed with attention by sdpa or "
+                f"eager, not {self.switch.wrapped}"
+            )
+        if self.shards.ranks > 1:
+            raise CompressionError(
+                f"{name} expands what it caches: it cannot be compressed where heads are split "
+                "over processes"
+            )
 
     # ---- compression
 
@@ -368,6 +476,11 @@ class CompressedCache(DynamicCache):
         ):
             mine.held, mine.seen = theirs.storage().copy(), theirs.seen
             mine.attention, mine.module, mine.is_initialized = theirs.attention, theirs.module, True
+            mine.expansion, mine.plain, mine.kv_heads = (
+                theirs.expansion,
+                theirs.plain,
+                theirs.kv_heads,
+            )
             self._known_rotary = rotary
             if self.evicting:
                 self.observe(mine, query, cascade=False)
@@ -434,6 +547,8 @@ class CompressedCache(DynamicCache):
             if "received" not in held.figures:
                 held.figures["received"] = torch.zeros(len(held.keys), device=queries.device)
             more = received_by(layer.view(row), queries, positions)
+            if layer.expansion is not None:
+                more = layer.expansion.mean(more)
             held.set_figure("received", row, held.figure("received", row) + more)
 
     def _channels(self, layer: CompressedLayer, row: int, tokens: slice) -> RotaryChannels:
@@ -455,17 +570,21 @@ class CompressedCache(DynamicCache):
         rule, layers = self.method.rule, self.compressed_layers
         assert rule is not None
         held = layer.storage()
-        blank = Evidence(layer.index, len(layers), held.kv_heads)
-        gather = self.shards.gather
+        expansion, gather = layer.expansion, self.shards.gather
+        kv_heads = held.kv_heads if expansion is None else len(expansion.heads)
+        blank = Evidence(layer.index, len(layers), kv_heads)
         preferences: list[Fetched | list[float]] = []
         for row, seen in enumerate(layer.observations):
             tokens = replace(layer.view(row), call=self._probe.latest)
             layer.rank(row, tokens)
             if self.fixed is not None:
-                preferences.append(self.fixed[layer.index])
+                fixed = self.fixed[layer.index]
+                fits = expansion is not None and len(fixed) == kv_heads
+                preferences.append(expansion.mean_of(fixed) if expansion and fits else fixed)
             else:
                 evidence = seen.evidence(blank, rule, tokens).over(gather, self.shards.ranks)
-                preferences.append(Fetched(rule.weigh(evidence)))
+                weights = rule.weigh(evidence)
+                preferences.append(Fetched(expansion.mean(weights) if expansion else weights))
         layer.preferences = preferences
 
     @torch.compiler.disable
@@ -482,19 +601,30 @@ class CompressedCache(DynamicCache):
     def total(self, row: int) -> int:
         """Tokens that all heads of all layers may hold together."""
         assert self.budget is not None
-        first = self.compressed_layers[0]
-        heads = first.storage().kv_heads * self.shards.ranks * len(self.compressed_layers)
+        heads = sum(self._kv_heads())
         if isinstance(self.budget, int):
             return self.budget * heads
-        each = self.budget * first.observations[row].prompt_tokens
+        each = self.budget * self.compressed_layers[0].observations[row].prompt_tokens
         return max(int(each * heads), self.method.least * heads)
+
+    def _kv_heads(self) -> list[int]:
+        """KV heads of every layer, of all ranks; of layers that are still to come, by the config.
+
+        Layers may differ in them.
+        """
+        layers, expected = self.compressed_layers, self._expected
+        known = layers[0].kv_heads * self.shards.ranks
+        return [
+            layer.kv_heads * self.shards.ranks or max(1, known * hint // expected[0])
+            for layer, hint in zip(layers, expected, strict=True)
+        ]
 
     def make_room(self, new: int) -> None:
         """Before new tokens come, drop as many that the budget holds with them, in one go for
         `every` tokens.
         """
         layers = self.compressed_layers
-        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        heads = sum(self._kv_heads())
         for row in range(layers[0].storage().rows):
             total = self.total(row)
             if self._count(row) + new * heads > total:
@@ -521,18 +651,18 @@ class CompressedCache(DynamicCache):
 
         `held` is what each account holds, by layer; so is the result what it may hold.
         """
-        rule, layers = self.method.rule, self.compressed_layers
+        rule, heads = self.method.rule, self._kv_heads()
         assert rule is not None
-        kv_heads, size = layers[0].storage().kv_heads * self.shards.ranks, len(held[0])
-        preferences = [layer.preference(row) for layer in layers if len(layer.preferences) > row]
-        if size == 1 < kv_heads:
+        layers = [layer for layer in self.compressed_layers if len(layer.preferences) > row]
+        preferences: list[list[float]] = [layer.preference(row) for layer in layers]
+        least = max(self.method.least, int(self.method.layer_floor * (total / sum(heads))))
+        leasts = [[least] * len(each) for each in preferences]
+        if self.method.sharing == "pooled":
             preferences = [[sum(each)] for each in preferences]
-        average = total / (kv_heads * len(layers))
-        least = max(self.method.least, int(self.method.layer_floor * average)) * kv_heads // size
-        capacity = [count for counts in held for count in counts]
-        flat = [preference for each in preferences for preference in each]
-        tokens = allocate(rule, flat, total, least, capacity).tolist()
-        return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+            leasts = [[sum(each)] for each in leasts]
+        flat = [_flat(part) for part in (preferences, leasts, held)]
+        tokens = iter(allocate(rule, flat[0], total, flat[1], flat[2]).tolist())
+        return [[next(tokens) for _ in each] for each in held]
 
     def _count(self, row: int) -> int:
         """Tokens that all KV heads of all layers hold of a row.
@@ -553,7 +683,19 @@ class CompressedCache(DynamicCache):
         mine = [layer.storage().row_lengths(row) for layer in layers]
         if self.shards.ranks == 1 or not mine:
             return mine
+        if len({len(counts) for counts in mine}) > 1:
+            return [self.shards.gather(torch.tensor(counts)).tolist() for counts in mine]
         return self.shards.gather(torch.tensor(mine).mT).mT.tolist()
+
+
+def _flat(parts: list[list[Any]]) -> list[Any]:
+    return [x for part in parts for x in part]
+
+
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids of a forward pass, or their embeddings."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 def _starts_prompt(given: Any, kwargs: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
+from tappa.compression.fit import crosses_border
 from tappa.compression.options import check_ids
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
@@ -70,7 +71,8 @@ def generate(
         decoder = Decoder(last, after, new, temperature, *_ends(cache), cache.shards)
         if first is None:
             decoder.finished.fill_(False)  # whatever a prompt ends with
-        steps = _choose_steps(cache, decoder, mask, new, graph, compiled)
+        text = torch.cat([ids, *known], 1)
+        steps = _choose_steps(cache, decoder, mask, text, new, graph, compiled)
         run = done = 0
         while run < new and not bool(decoder.finished.all()):
             size = min(new - run, steps.room())
@@ -137,12 +139,15 @@ def _choose_steps(
     cache: CompressedCache,
     decoder: Decoder,
     mask: Ids,
+    text: Ids,
     new: int,
     graph: bool | None,
     compiled: bool,
 ) -> FixedSteps | PlainSteps:
     """What `graph` asks for; by default what is faster and fits into memory."""
     reason = why_not(cache)
+    if crosses_border(cache.model, cache.tokens_seen, cache.tokens_seen + new):
+        reason = "the model reads all tokens again when its text has grown so long"
     if graph and reason:
         raise CompressionError(f"cannot decode in fixed steps: {reason}")
     recordable = getattr(cache.model, "_can_compile_fullgraph", False)  # as transformers knows
@@ -154,7 +159,7 @@ def _choose_steps(
         except torch.OutOfMemoryError:  # its buffers are beside the cache
             if graph or cache.shards.ranks > 1:  # other ranks may have the memory
                 raise
-    return PlainSteps(cache, decoder, mask)
+    return PlainSteps(cache, decoder, mask, text)
 
 
 def why_not(cache: CompressedCache) -> str | None:
@@ -162,8 +167,12 @@ def why_not(cache: CompressedCache) -> str | None:
     layers, method = cache.compressed_layers, cache.method
     if len({weight.device for weight in cache.model.parameters()}) > 1:
         return "the model lies on several devices"
+    if any(not layer.plain for layer in layers):
+        return "its layers share or expand what they cache"
     if len(layers) < len(cache.layers):
         return "some layers have a sliding window"
+    if len({(layer.kv_heads, *layer.storage().sizes) for layer in layers}) > 1:
+        return "its layers differ in their KV heads"
     if any(layer.attention != layers[0].attention for layer in layers):
         return "its layers attend in different ways"
     if not cache.evicting:

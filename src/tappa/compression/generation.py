@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tappa.adapters import unwrapped
 from tappa.analysis import Analysis, describe
 from tappa.cache_argument import with_cache
 from tappa.compression.budgets import Evidence, Rule
 from tappa.compression.cache import CompressedCache, Recorded
+from tappa.compression.layer import CompressedLayer
 from tappa.compression.methods import Method, method_named
 from tappa.compression.options import check_ids
 from tappa.errors import CompressionError
@@ -53,12 +53,12 @@ def compressed(
     saved = Analysis.load(analysis) if isinstance(analysis, str | Path) else analysis
     if saved is not None and not isinstance(saved, Analysis):
         raise CompressionError(f"expected an Analysis or the path of one, got {analysis!r}")
-    preferences = None
+    cache = CompressedCache(model, chosen, checked, every)
     if saved is not None:
         if chosen.rule is None:
             raise CompressionError(f"{chosen.name} has no budgets to take from an Analysis")
-        preferences = _preferences(model, saved, chosen.rule, chosen.name)
-    return CompressedCache(model, chosen, checked, every, preferences)
+        cache.fixed = _preferences(cache, saved, chosen.rule, chosen.name)
+    return cache
 
 
 def check_method(
@@ -218,10 +218,10 @@ def _checked(budget: int | float | None, method: Method) -> int | float:
 
 
 def _preferences(
-    model: PreTrainedModel, analysis: Analysis, rule: Rule, name: str
+    cache: CompressedCache, analysis: Analysis, rule: Rule, name: str
 ) -> list[list[float]]:
     """The preference of every compressed layer and KV head, by figures of an Analysis."""
-    theirs, ours = analysis.model, describe(model)
+    theirs, ours = analysis.model, describe(cache.model)
     for key in ("class", "layers", "heads", "kv_heads"):
         if theirs[key] != ours[key]:
             raise CompressionError(
@@ -234,8 +234,8 @@ def _preferences(
             f"{name} takes its budgets from the attention of the prompt, not from an Analysis"
         )
     frame = analysis.to_frame()
-    types = getattr(model.config.get_text_config(), "layer_types", None)
-    numbers = [n for n in range(ours["layers"]) if types is None or types[n] == "full_attention"]
+    layers = enumerate(cache.layers)
+    numbers = [number for number, layer in layers if isinstance(layer, CompressedLayer)]
     out = []
     for index, number in enumerate(numbers):
         groups = frame[frame["layer"] == number].groupby("kv_head")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from tappa.attention_profile import Attention
+from tappa.compression.fit import Expansion
 from tappa.compression.methods import Method
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import TokenView
@@ -45,8 +46,14 @@ class CompressedLayer(CacheLayerMixin):
         self.preferences: list[Fetched | list[float]] = []  # of each row and KV head
         self.attention: Attention | None = None
         self.module: nn.Module | None = None
-        self.positions: Tensor = torch.empty(0)  # of the padded keys returned last
-        self.split = False  # the keys returned last are not padded: attend head by head
+        # of the keys returned last: whether nothing was dropped of them, tokens of each segment,
+        # positions, and whether they are not padded, so that heads attend one by one
+        self.whole, self.given = True, [0]
+        self.positions: Tensor = torch.empty(0)
+        self.split = False
+        self.kv_heads = 0
+        self.expansion: Expansion | None = None  # to what attention gets
+        self.plain = True  # what is returned goes to the attention of this layer alone, as it is
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update brings shapes and types."""
@@ -65,8 +72,9 @@ class CompressedLayer(CacheLayerMixin):
             self.held.append(key_states, value_states, positions)
         self.seen += new
         held = self.held
+        self.kv_heads, self.whole, self.given = held.kv_heads, self.complete, list(held.lengths)
         cheap = new == 1 and key_states.device.type == "cpu" and len(held.lengths) <= 16
-        self.split = cheap and not held.uniform
+        self.split = cheap and not held.uniform and self.expansion is None
         if self.split:  # a call for each head takes less time than padding them
             return held.keys[None, None], held.values[None, None]
         keys, values, self.positions = held.padded()
@@ -113,9 +121,8 @@ class CompressedLayer(CacheLayerMixin):
 
         It differs from head to head, since heads hold different tokens.
         """
-        held = self.storage()
         new = query.shape[2]
-        if self.complete or (mask is None and new == 1 and held.uniform):
+        if self.whole or (mask is None and new == 1 and min(self.given) == max(self.given)):
             return mask
         there = self.positions >= 0
         at = self.positions.clamp_min(0).long()[:, :, None]
@@ -124,23 +131,40 @@ class CompressedLayer(CacheLayerMixin):
             mask = (at <= now) & there[:, :, None]
         else:
             rows, kv_heads, _, longest = at.shape
-            if mask.shape[1] != 1:
-                raise CompressionError("expected one mask for all heads, the model makes several")
             full = mask.expand(rows, kv_heads, *mask.shape[2:])
             mask = full.gather(3, at.expand(rows, kv_heads, new, longest))
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             mask = mask.masked_fill(~there[:, :, None], hidden)
-        return mask.repeat_interleave(query.shape[1] // held.kv_heads, 1)
+        return self.for_queries(mask, query.shape[1])
+
+    def for_queries(self, x: Tensor, heads: int) -> Tensor:
+        """(rows, KV heads held, ...) -> (rows, query heads, ...), each with what it attends to."""
+        if self.expansion is not None:
+            x = x[:, list(self.expansion.heads)]
+        return x.repeat_interleave(heads // x.shape[1], 1)
+
+    def segments(self, returned: Tensor) -> list[Float[Tensor, "tokens dim"]]:
+        """Of the keys or values returned last, those of each row and KV head."""
+        if self.split:
+            return list(returned[0, 0].split(self.given))
+        parts = returned.flatten(0, 1)
+        return [part[:length] for part, length in zip(parts, self.given, strict=True)]
 
     def view(self, row: int) -> TokenView:
-        """What a scorer sees of one row."""
+        """What a scorer sees of one row: keys and values as the attention gets them."""
         held, seen = self.storage(), self.observations[row]
-        keys, values, positions = (x[0] for x in held.padded(row))
+        keys, values, positions = held.padded(row)
+        received = held.figure("received", row) if "received" in held.figures else None
+        if self.expansion is not None:
+            heads = list(self.expansion.heads)
+            keys, values = self.expansion.expand(keys, values)
+            positions = positions[:, heads]
+            received = None if received is None else received[heads]
         assert self.attention is not None
         return TokenView(
-            *(keys, values, positions, seen.end, self.attention),
+            *(keys[0], values[0], positions[0], seen.end, self.attention),
             *(seen.window, seen.window_positions, seen.rotary),
-            received=held.figure("received", row) if "received" in held.figures else None,
+            received=received,
             moments=seen.moments,
             first=seen.first,
             module=self.module,
@@ -149,14 +173,17 @@ class CompressedLayer(CacheLayerMixin):
     def rank(self, row: int, tokens: TokenView) -> None:
         """Rank the tokens of a row, for the cuts of this forward pass."""
         seen, method = self.observations[row], self.method
-        late = tokens.positions >= seen.end - method.window
-        protected = late | (tokens.positions < seen.first + method.sinks)
-        scores = method.scorer.score(tokens)
+        scores, positions, present = method.scorer.score(tokens), tokens.positions, tokens.present
+        if self.expansion is not None:
+            scores, positions = self.expansion.mean(scores), self.storage().padded(row)[2][0]
+            present = positions >= 0
+        late = positions >= seen.end - method.window
+        protected = late | (positions < seen.first + method.sinks)
         self.ranked[row] = None
         if method.sharing == "pooled":
-            ranks = self._pooled_ranks(row, scores, protected, tokens.present)
+            ranks = self._pooled_ranks(row, scores, protected, present)
         else:
-            ranks = head_ranks(scores, protected, tokens.present)
+            ranks = head_ranks(scores, protected, present)
         self.storage().set_figure("rank", row, ranks)
 
     def _pooled_ranks(
@@ -296,18 +323,23 @@ def _copy(observation: Observation) -> Observation:
 
 
 def by_segment(
-    kernel: Attend, held: RaggedKV, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
+    kernel: Attend,
+    layer: CompressedLayer,
+    module: nn.Module,
+    query: Tensor,
+    pair: tuple[Tensor, Tensor],
+    kwargs: dict[str, Any],
 ) -> Float[Tensor, "rows new heads value_dim"]:
     """Attention of every row and KV head by itself, without masks: for kernels that take none.
 
-    The new tokens are the last ones held and the kernel is causal from the end.
+    `pair` is the keys and values that the layer has returned. The new tokens are the last ones of
+    a segment and the kernel is causal from the end.
     """
     rows, heads, new, _ = query.shape
-    group = heads // held.kv_heads
-    keys, values = held.keys.split(held.lengths), held.values.split(held.lengths)
-    out = query.new_empty(rows, new, heads, held.values.shape[-1])
-    for segment, (key, value) in enumerate(zip(keys, values, strict=True)):
-        row, at = segment // held.kv_heads, segment % held.kv_heads * group
+    group = heads // layer.kv_heads
+    out = query.new_empty(rows, new, heads, pair[1].shape[-1])
+    for segment, (key, value) in enumerate(zip(*map(layer.segments, pair), strict=True)):
+        row, at = segment // layer.kv_heads, segment % layer.kv_heads * group
         part = query[row : row + 1, at : at + group]
         done = kernel(module, part, key[None, None], value[None, None], None, **kwargs)[0]
         out[row, :, at : at + group] = done[0]

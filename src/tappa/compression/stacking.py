@@ -48,7 +48,7 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
 
 
 def _stacked(parts: Sequence[CompressedLayer]) -> CompressedLayer:
-    packed = runs_on(parts[0].storage().keys)
+    packed = runs_on(parts[0].storage().keys) and all(part.plain for part in parts)
     return PackedLayer(parts) if packed else StackedLayer(parts)
 
 
@@ -61,8 +61,9 @@ class StackedLayer(CompressedLayer):
     def __init__(self, parts: Sequence[CompressedLayer]) -> None:
         super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         held = RaggedKV.stack([part.storage() for part in parts])
-        self.complete = all(part.complete for part in parts) and held.uniform
+        self.complete = self.whole = all(part.complete for part in parts) and held.uniform
         self.take(held, max(part.seen for part in parts))
+        self.kv_heads = held.kv_heads
         self.module, self.attention = parts[0].module, parts[0].attention
         self.is_initialized = True
 
@@ -111,6 +112,11 @@ class StackedLayer(CompressedLayer):
         self.tokens += new * rows * kv_heads
         return self.padded_keys, self.padded_values
 
+    def segments(self, returned: Tensor) -> list[Float[Tensor, "tokens dim"]]:
+        """Of the keys or values returned last, those of each row and KV head."""
+        pairs = zip(returned.flatten(0, 1), (self.positions >= 0).flatten(0, 1), strict=True)
+        return [part[there] for part, there in pairs]
+
     def mask_for(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """What is held, and of the new tokens those before; True or 0 is visible."""
         new, heads = query.shape[2], query.shape[1]
@@ -121,7 +127,7 @@ class StackedLayer(CompressedLayer):
             before = visible[..., :-new].expand(-1, -1, new, -1)
             among = torch.ones(new, new, dtype=torch.bool, device=query.device).tril()
             visible = torch.cat([before, among.expand(*before.shape[:3], new)], 3)
-        return _like(mask, visible.repeat_interleave(heads // self.positions.shape[1], 1))
+        return _like(mask, self.for_queries(visible, heads))
 
     def select_rows(self, index: list[int]) -> None:
         """Take these rows of the batch, in this order."""
@@ -131,7 +137,7 @@ class StackedLayer(CompressedLayer):
         self.positions = self.positions.index_select(0, at)
         self.tokens = int((self.positions >= 0).sum())
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Refused: rows may have seen different numbers of tokens."""
         raise CompressionError("a stack of caches cannot be cropped")
 
@@ -161,7 +167,7 @@ class PackedLayer(CompressedLayer):
         super().__init__(parts[0].index, parts[0].method, parts[0].shards)
         self.module, self.attention = parts[0].module, parts[0].attention
         self.seen = max(part.seen for part in parts)
-        self.complete, self.is_initialized = False, True
+        self.complete, self.whole, self.is_initialized = False, False, True
         self._pack(RaggedKV.stack([part.storage() for part in parts]), self.ROOM)
 
     def take(self, held: RaggedKV, seen: int) -> None:
@@ -241,7 +247,9 @@ class PackedLayer(CompressedLayer):
         self.packed_keys.index_copy_(0, at, key_states.flatten(0, 2))
         self.packed_values.index_copy_(0, at, value_states.flatten(0, 2))
         self.lengths = self.lengths + new
-        keys, values, self.positions = self.storage().padded()
+        held = self.storage()
+        self.given = held.lengths
+        keys, values, self.positions = held.padded()
         return keys, values
 
     def attend(self, query: Tensor) -> Float[Tensor, "rows 1 heads value_dim"]:
@@ -272,7 +280,7 @@ class PackedLayer(CompressedLayer):
         held.select_rows(index)
         self._pack(held, self.ROOM)
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Refused: rows may have seen different numbers of tokens."""
         raise CompressionError("a stack of caches cannot be cropped")
 

@@ -8,6 +8,7 @@ from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, FixedReader
 from tappa.compression.eviction import Evictor, sums_of_ranks
+from tappa.compression.fit import crosses_border
 from tappa.compression.fixed import Counts, FixedKV
 
 PERIOD = 16  # steps at most between two looks at what was written
@@ -17,9 +18,14 @@ class PlainSteps:
     """Every step is a call of the model, which looks after its cache."""
 
     def __init__(
-        self, cache: CompressedCache, decoder: Decoder, mask: Int[Tensor, "rows tokens"]
+        self,
+        cache: CompressedCache,
+        decoder: Decoder,
+        mask: Int[Tensor, "rows tokens"],
+        text: Int[Tensor, "rows tokens"],
     ) -> None:
-        self.cache, self.decoder, self.mask = cache, decoder, mask
+        """`text` is what the decoder writes on, `mask` that of the prompts."""
+        self.cache, self.decoder, self.mask, self.text = cache, decoder, mask, text
         if mask.shape[1] == cache.tokens_seen:  # the first new token is known
             self._grow()
 
@@ -40,10 +46,18 @@ class PlainSteps:
     def _read(
         self, tokens: Int[Tensor, "rows 1"], position_ids: Int[Tensor, "rows 1"]
     ) -> Float[Tensor, "rows vocabulary"]:
+        """Where the model reads all of a text again, so is done here."""
+        seen = self.cache.tokens_seen
+        if not self.cache.frozen and crosses_border(self.cache.model, seen, seen + 1):
+            written = self.decoder.written[:, : int(self.decoder.count)]
+            tokens = torch.cat([self.text, written], 1)
+            position_ids = (self.mask.cumsum(1) - 1).clamp_min(0)
+            self.cache.reset()
         output = self.cache.model(
             tokens,
             attention_mask=self.mask,
             position_ids=position_ids,
+            logits_to_keep=1,
             **with_cache(self.cache.model, self.cache),
         )
         return output.logits[:, -1].to(tokens.device)  # from where the last layer lies

@@ -62,6 +62,11 @@ class RaggedKV:
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.keys.shape[1], self.values.shape[1]
+
+    @property
     def token_nbytes(self) -> int:
         """Bytes of one token of one KV head."""
         return sum(x.shape[1] * x.element_size() for x in (self.keys, self.values))
