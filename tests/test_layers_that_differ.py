@@ -1,4 +1,4 @@
-"""Layers with KV heads or head sizes of their own, and layers that read keys of earlier ones."""
+"""Layers with KV heads or head sizes of their own, and layers that read others' keys."""
 
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ both = pytest.mark.parametrize("changes", [SHARED, OWN], ids=["shared", "own"])
 
 
 def gemma4(changes: dict[str, Any]) -> PreTrainedModel:
-    settings: dict[str, Any] = dict(
+    settings: dict[str, Any] = {
         **{**COMMON, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 10},
         **{"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 17},
         **{"global_head_dim": 14, "vocab_size_per_layer_input": 101, **changes},
-    )
+    }
     config = transformers.Gemma4TextConfig(**settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -154,8 +154,8 @@ def test_a_silenced_head_is_cut_out_in_the_width_of_its_layer() -> None:
     narrow, wide = (
         model.get_parameter(f"model.layers.{n}.self_attn.o_proj.weight") for n in range(2)
     )
-    assert narrow.eq(0).all(0).nonzero()[:, 0].tolist() == list(range(20, 30))
-    assert wide.eq(0).all(0).nonzero()[:, 0].tolist() == list(range(70, 84))
+    assert (narrow == 0).all(0).nonzero()[:, 0].tolist() == list(range(20, 30))
+    assert (wide == 0).all(0).nonzero()[:, 0].tolist() == list(range(70, 84))
 
 
 @both

@@ -164,7 +164,7 @@ def verify(
 
 @contextmanager
 def _noted(found: Verified, claim: str, wanted: Verification) -> Iterator[None]:
-    """A claim that this model does not let us test is a note; what a caller names must exist."""
+    """A claim that the model does not let us test is a note; what a caller names must exist."""
     named = bool(wanted.heads) or tuple(wanted.targets) != TARGETS
     try:
         yield
