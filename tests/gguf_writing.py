@@ -42,7 +42,11 @@ def write_gguf(
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     if value is None:
         return
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders: dict[type, Any] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+    }
     adders |= {str: writer.add_string, list: writer.add_array}
     adders[type(value)](name, value)
 

@@ -95,7 +95,7 @@ def watched(model: Any = None, cuts: bool = True) -> Iterator[Watched]:
 def _watch_cuts(patch: pytest.MonkeyPatch, seen: Watched) -> None:
     patch.setattr(CompressedLayer, "rank", _noted_rank(CompressedLayer.rank))
     patch.setattr(CompressedLayer, "cut", _noted_cut(CompressedLayer.cut, seen))
-    patch.setattr(cache, "allocate", _noted_division(cache.allocate, seen))
+    patch.setattr(cache, "allocate", _noted_division(cache.allocate, seen))  # type: ignore[attr-defined]
 
 
 def _noted_rank(plain: Callable[..., None]) -> Callable[..., None]:

@@ -33,7 +33,7 @@ def _shifted_output(module: Any, arguments: Any, output: Tensor) -> Tensor:
 def shift_all(size: float) -> None:
     """From here on, in this process: on the CPU, all models made from now on."""
     SHIFT[0] = size
-    made, allocate = PreTrainedModel.post_init, cache.allocate
+    made, allocate = PreTrainedModel.post_init, cache.allocate  # type: ignore[attr-defined]
 
     def post_init(self: PreTrainedModel) -> None:
         made(self)
@@ -49,7 +49,7 @@ def shift_all(size: float) -> None:
         return allocate(rule, shifted(torch.tensor(preference)) if computed else preference, *sizes)
 
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
-    cache.allocate = shifted_allocate  # type: ignore[assignment]
+    cache.allocate = shifted_allocate  # type: ignore[assignment, attr-defined]
     for module in (layer, eviction):
         for name in ("head_ranks", "pooled_ranks", "ranks_within", "ranks_shared"):
             if name in vars(module):

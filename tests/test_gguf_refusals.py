@@ -33,7 +33,7 @@ def written(folder: Path, architecture: str, **changes: Any) -> Path:
 def without_a_model(path: Path, architecture: str, keys: dict[str, Any], tensor: str = "") -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in keys.items():
-        adder = {int: writer.add_uint16, str: writer.add_string, list: writer.add_array}[
+        adder: Any = {int: writer.add_uint16, str: writer.add_string, list: writer.add_array}[
             type(value)
         ]
         adder(name, value)

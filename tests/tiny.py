@@ -148,9 +148,13 @@ def save_tiny(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def change_config(folder: Path, **changes: Any) -> Path:
     """Change entries of a saved config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    change_json(folder / "config.json", **changes)
     return folder
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def save_tiny_gguf(path: Path) -> PreTrainedModel:

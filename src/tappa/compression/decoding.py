@@ -13,17 +13,12 @@ from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
 from tappa.compression.fit import crosses_border
+from tappa.compression.greedy import kept
 from tappa.compression.options import check_ids
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
 
 Ids = Int[Tensor, "rows tokens"]
-# of a generation config: what does not change which token is the most probable one
-OF_ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
-OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_h"}
-OF_OUTPUT = {"_from_model_config", "transformers_version", "use_cache", "output_attentions"}
-HARMLESS = OF_ENDS | OF_SAMPLING | OF_OUTPUT | {"output_hidden_states", "cache_implementation"}
-NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "num_beams": 1, "num_return_sequences": 1}
 
 
 def generate(
@@ -117,16 +112,10 @@ def takes_over(model: PreTrainedModel, graph: bool | None = None) -> bool:
     """Whether `generate` is to write greedy text in the place of `model.generate`.
 
     So it is on a GPU, where it is faster, or if `graph` asks for it. A generation config that wants
-    more than the most probable token (a repetition penalty) is for `model.generate`; with `graph`
-    True it raises CompressionError.
+    another than the most probable token (a repetition penalty) is for `model.generate`; with
+    `graph` True it raises CompressionError.
     """
-    config = model.generation_config
-    asked = {} if config is None else config.to_diff_dict()
-    more = [
-        name
-        for name, value in asked.items()
-        if name not in HARMLESS and value not in (None, False, 0, [], NEUTRAL.get(name))
-    ]
+    more = kept(model)
     if graph and more:
         raise CompressionError(
             f"cannot decode in fixed steps: the model's generation config asks for {more[0]}"

@@ -195,14 +195,19 @@ def split_methods(text: str) -> list[str]:
 def method_named(name: "str | Method", **options: Any) -> Method:
     """The method of this name; `"a+b"` has the scorer of a and the budget rule of b.
 
-    Options go to every part that knows them. Raises CompressionError for names and options that
-    no part knows.
+    Options go to every part that knows them; some may be in the name, as in `"cake(gamma=50)"`.
+    Raises CompressionError for names and options that no part knows.
     """
     if isinstance(name, Method):
         known = {field.name for field in fields(Method)}
         for option in options.keys() - known:
             raise CompressionError(f"a Method has {', '.join(sorted(known))}; no {option!r}")
         return replace(name, **options) if options else name
+    if "(" in str(name):
+        name, inside = parse_method(str(name))
+        if twice := inside.keys() & options.keys():
+            raise CompressionError(f"the option {min(twice)!r} of {name} is given twice")
+        options |= inside
     parts = str(name).split("+")
     unknown = [part for part in parts if part not in METHODS]
     if unknown or len(parts) > 2:

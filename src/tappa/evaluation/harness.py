@@ -23,8 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import tappa
 from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, check_method, generate, parse_budget, takes_over
-from tappa.errors import EvaluationError
+from tappa.compression.greedy import greedy_arguments, warn_of_left_out
+from tappa.errors import EvaluationError, TextError
 from tappa.evaluation.memory import free_memory, is_out_of_memory
+from tappa.texts import require_unicode, template_errors
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the strings; context, continuation
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class TappaLM(HFLM):
         self.most_rows: int | None = None  # of a batch that fits into memory
         self.graph: bool | None = None  # as in `generate`: on a GPU where it can be
         self.options = {"analysis": analysis, "every": every} | of_method
+        warn_of_left_out(cast(PreTrainedModel, self.model))
         self.new_cache()  # what cannot work is refused now, not after the first prompt
 
     def new_cache(self) -> CompressedCache:
@@ -103,6 +106,26 @@ class TappaLM(HFLM):
         cache = self.new_cache()
         read(cache, ids, mask)
         return cache
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Called by lm-eval: the tokens of a text."""
+        require_unicode(string, "a text of the task")
+        return super().tok_encode(string, *args, **kwargs)
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by lm-eval: the tokens of prompts, padded."""
+        for text in strings:
+            require_unicode(text, "a text of the task")
+        return super().tok_batch_encode(list(strings), *args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Called by lm-eval: turns in the tokenizer's chat template."""
+        if not self.tokenizer.chat_template:
+            raise TextError("expected a tokenizer with a chat template, this one has none")
+        with template_errors():
+            return super().apply_chat_template(*args, **kwargs)
 
     def _model_generate(
         self,
@@ -156,7 +179,11 @@ class TappaLM(HFLM):
         if self._greedy(kwargs) and takes_over(cache.model, self.graph):
             new, stops = max_length - context.shape[1], self._stops(stop, context.shape[1])
             return generate(cache, context, new, attention_mask=mask, graph=self.graph, stop=stops)
-        more = with_cache(cache.model, cache) | kwargs
+        more = (
+            greedy_arguments(cache.model, self.tokenizer, bool(kwargs.get("do_sample")))
+            | with_cache(cache.model, cache)
+            | kwargs
+        )
         return super()._model_generate(context, max_length, stop, attention_mask=mask, **more)
 
     def _greedy(self, asked: dict[str, Any]) -> bool:
