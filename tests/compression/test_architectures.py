@@ -189,7 +189,8 @@ def test_decoding_is_that_of_the_full_cache_without_the_dropped_tokens(
 ) -> None:
     if name in PLAIN_ONLY and method == "expected_attention":
         pytest.skip("needs the rotation of queries")
-    model, options = make(name), {} if method == "expected_attention" else {"window": 7}
+    options: dict[str, Any] = {} if method == "expected_attention" else {"window": 7}
+    model = make(name)
     cache = compressed(model, method, 24, every=3, **options)
     reference = Masked(model, KINDS[name], cache)
     for piece in pieces():
@@ -327,15 +328,15 @@ def test_attention_that_never_sees_the_cache_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_keys_that_attention_gets_must_follow_from_those_cached() -> None:
-    cached = torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 4)
+    cached = k, v = torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 4)
     module = torch.nn.Module()
     assert expansion_of(module, cached, cached) is None
-    turned = expansion_of(module, cached, tuple(x.repeat(1, 3, 1, 1) for x in cached))
+    turned = expansion_of(module, cached, (k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1)))
     assert turned is not None
     assert turned.heads == (0, 1, 0, 1, 0, 1)
     assert turned.mean_of([1.0, 10.0, 2.0, 20.0, 6.0, 60.0]) == [3, 30]
     assert turned.mean(torch.arange(6.0)[:, None]).tolist() == [[2], [3]]
-    runs = expansion_of(module, cached, tuple(x.repeat_interleave(2, 1) for x in cached))
+    runs = expansion_of(module, cached, (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
     assert runs is not None
     assert runs.heads == (0, 0, 1, 1)
     for others in ((2 * cached[0], cached[1]), (cached[0], cached[1][:, [1, 0]])):
@@ -372,7 +373,7 @@ def test_a_text_that_outgrows_the_short_rope_is_read_again(length: int) -> None:
     assert cache.tokens_held() <= 24
     assert cache.tokens_seen == length + 8
     cache, options = compressed(model, "full"), {"do_sample": False, "max_new_tokens": 9}
-    refused, written = "", None
+    refused, written = "", torch.empty(0)
     try:
         written = model.generate(ids, **with_cache(model, cache), **options)
     except CompressionError as error:  # of a transformers that loses the text
