@@ -13,10 +13,11 @@ import tappa
 from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression.stepping import FixedSteps
-from tappa.errors import CompressionError, EvaluationError
+from tappa.errors import CompressionError, EvaluationError, TextError
 from tappa.evaluation.harness import TappaLM, read, score_continuation
 from tappa.models import LoadedModel
 from tappa.texts import packaged_text
+from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 TEXTS = [packaged_text()[start : start + size] for start, size in ((0, 900), (3000, 500))]
@@ -253,3 +254,29 @@ def test_the_model_is_left_as_it_was(smollm2: LoadedModel) -> None:
         assert torch.equal(
             before, smollm2.model(ids, **with_cache(smollm2.model, DynamicCache())).logits
         )
+
+
+def test_what_no_tokenizer_takes_is_told_in_one_line() -> None:
+    """Half of a surrogate pair, as JSON may hold it; a chat template that is missing or broken."""
+    model = TappaLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), method="full")
+    for encode in (model.tok_encode, lambda text: model.tok_batch_encode([text])):
+        with pytest.raises(TextError, match=r"surrogate U\+D83D at offset 3 of a text of the task"):
+            encode("so \ud83d")
+    turns = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(TextError, match="this one has none"):
+        model.apply_chat_template(turns)
+    model.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(TextError, match="cannot use the chat template of this tokenizer: no"):
+        model.apply_chat_template(turns)
+
+
+def test_a_generation_config_with_beams_changes_no_answer() -> None:
+    plain, beams = tiny_model("llama"), tiny_model("llama")
+    beams.generation_config.update(num_beams=3, return_dict_in_generate=True)
+    beams.generation_config.cache_implementation = "static"
+    ids = torch.tensor([tiny_tokenizer()("Vanity and pride are different").input_ids])
+    first = TappaLM(plain, tokenizer=tiny_tokenizer(), method="full")
+    with pytest.warns(UserWarning, match="num_beams, which is left out"):
+        second = TappaLM(beams, tokenizer=tiny_tokenizer(), method="full")
+    answers = [lm._model_generate(ids, ids.shape[1] + 9, ["</s>"]) for lm in (first, second)]
+    assert torch.equal(*answers)
