@@ -433,9 +433,10 @@ def test_segments_one_by_one_are_the_padded_whole() -> None:
     kernel = AttentionSwitch(model, lambda *a: None)  # type: ignore[arg-type]
     kernel.wrapped = "sdpa"
     keys, values, layer.positions = layer.storage().padded()
+    layer.given, layer.whole, layer.split = layer.storage().lengths, False, False
     sdpa: Callable[..., Any] = kernel.own_kernel(module)
     expected = sdpa(module, query, keys, values, layer.mask_for(None, query), scaling=0.3)[0]
-    actual = by_segment(sdpa, layer.storage(), module, query, {"scaling": 0.3})
+    actual = by_segment(sdpa, layer, module, query, (keys, values), {"scaling": 0.3})
     torch.testing.assert_close(actual, expected)
 
 

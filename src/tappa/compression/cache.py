@@ -29,7 +29,6 @@ from tappa.compression.fit import (
     KeyFlow,
     check_border,
     check_mask,
-    kv_heads_by_layer,
     rereads_after,
 )
 from tappa.compression.hooks import LateHook, remove_all
@@ -107,8 +106,6 @@ class CompressedCache(DynamicCache):
             )
         for index, layer in enumerate(full):
             self.layers[layer] = CompressedLayer(index, method, self.shards)
-        by_layer = kv_heads_by_layer(model)  # as far as is known before they come
-        self._expected = [1 if by_layer is None else by_layer[number] for number in full]
         self._connect(AttentionSwitch(model, LateHook(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
@@ -616,16 +613,9 @@ class CompressedCache(DynamicCache):
         return max(int(each * heads), self.method.least * heads)
 
     def _kv_heads(self) -> list[int]:
-        """KV heads of every layer, of all ranks; of layers that are still to come, by the config.
-
-        Layers may differ in them.
-        """
-        layers, expected = self.compressed_layers, self._expected
-        known = layers[0].kv_heads * self.shards.ranks
-        return [
-            layer.kv_heads * self.shards.ranks or max(1, known * hint // expected[0])
-            for layer, hint in zip(layers, expected, strict=True)
-        ]
+        """KV heads of every layer, of all ranks; layers to come are taken to be like the first."""
+        layers = self.compressed_layers
+        return [(each.kv_heads or layers[0].kv_heads) * self.shards.ranks for each in layers]
 
     def make_room(self, new: int) -> None:
         """Before new tokens come, drop as many that the budget holds with them, in one go for

@@ -140,7 +140,7 @@ def _choose_steps(
     cache: CompressedCache,
     decoder: Decoder,
     mask: Ids,
-    text: Ids,
+    text: Int[Tensor, "rows written"],
     new: int,
     graph: bool | None,
     compiled: bool,

@@ -202,12 +202,3 @@ def check_border(model: PreTrainedModel, held: int, end: int) -> None:
             f"text grows past {rereads_after(model)}: {held} in the cache cannot become {end} step "
             "by step; model.generate does it"
         )
-
-
-def kv_heads_by_layer(model: PreTrainedModel) -> list[int] | None:
-    """KV heads of every layer by the config; None where all layers have as many."""
-    layers = getattr(model.config.get_text_config(), "per_layer_config", None)
-    if not layers:
-        return None
-    found = [getattr(layer, "num_key_value_heads", None) or 0 for layer in layers]
-    return found if min(found) > 0 else None

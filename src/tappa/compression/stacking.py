@@ -39,7 +39,7 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
         parts = [cache.layers[number] for cache in caches]
         if isinstance(mine, CompressedLayer):
             stacked.layers[number] = _stacked(cast(list[CompressedLayer], parts))
-        else:
+        elif getattr(mine, "keys", None) is not None:  # some layers have none of their own
             for name in ("keys", "values"):
                 tensors = [cast(Tensor, getattr(part, name)) for part in parts]
                 setattr(mine, name, torch.cat(tensors))

@@ -22,7 +22,7 @@ class PlainSteps:
         cache: CompressedCache,
         decoder: Decoder,
         mask: Int[Tensor, "rows tokens"],
-        text: Int[Tensor, "rows tokens"],
+        text: Int[Tensor, "rows written"],
     ) -> None:
         """`text` is what the decoder writes on, `mask` that of the prompts."""
         self.cache, self.decoder, self.mask, self.text = cache, decoder, mask, text
