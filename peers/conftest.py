@@ -1,3 +1,4 @@
+import os
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from tappa.texts import encode_texts, packaged_text
 with warnings.catch_warnings(action="ignore"):  # kvpress imports fire, which imports pipes
     import kvpress  # noqa: F401
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TAPPA_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

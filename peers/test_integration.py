@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, Method, budgets
 from tappa.compression.methods import METHODS
@@ -102,7 +103,9 @@ def test_without_kvpress_the_error_says_what_to_install(monkeypatch):
 )
 def test_scorer_of_keeps_what_the_press_keeps(tiny, press):
     method = Method(scorer_of(press, tiny), budgets.uniform(), window=0)
-    kept = kept_in(read(tiny, method, 30))
+    with watched() as seen:
+        kept = kept_in(read(tiny, method, 30))
+    seen.check_clear()
     assert kept == kept_by(tiny, replace(press, compression_ratio=0.75))
 
 
@@ -182,7 +185,9 @@ def test_tappa_press_keeps_what_tappas_cache_keeps(tiny, name, budget):
     """
     method = METHODS[name](window=8)
     whole = replace(method, scorer=window_mean(5), sharing="heads", floor=0.0, name="custom")
-    kept = kept_in(read(tiny, whole, budget))
+    with watched() as seen:
+        kept = kept_in(read(tiny, whole, budget))
+    seen.check_clear()
     press = TappaPress(SnapKVPress(window_size=8), 1 - budget / 120, whole)
     other = kept_by(tiny, press)
     counts = [len(layer[0]) for layer in other]
@@ -249,8 +254,8 @@ def test_many_new_tokens_at_once_as_one_by_one(kernel):
             ):
                 out = model(part, **with_cache(model, cache), position_ids=places)
         logits.append(out.logits[:, -1])
-    torch.testing.assert_close(logits[1], logits[0])
-    torch.testing.assert_close(logits[2], logits[0])
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[2], logits[0], atol=1e-5, rtol=1e-4)
     del cache, out
     gc.collect()
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)

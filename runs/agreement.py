@@ -1,16 +1,34 @@
 """How well explained predicts observed: a Markdown table, one column for each model named.
 
 python runs/agreement.py [MODEL ...]   (the packaged model if none; packaged text, 2048 tokens)
+
+Each column is kept as runs/data/agreement-NAME.json, which can be named in place of the model:
+python runs/agreement.py runs/data/agreement-*.json
 """
 
+import json
 import sys
+from pathlib import Path
 
 import tappa
 from tappa.patterns import LABELS
 from tappa.texts import packaged_text
 
+DATA = Path(__file__).parent / "data"
+
 
 def column(name: str | None) -> dict[str, str]:
+    """The figures of one model, or those in a file that an earlier run has kept."""
+    if name is not None and name.endswith(".json"):
+        kept: dict[str, str] = json.loads(Path(name).read_text(encoding="utf-8"))
+        return kept
+    found = measured(name)
+    file = DATA / f"agreement-{found['model'].removesuffix('.gguf').lower()}.json"
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def measured(name: str | None) -> dict[str, str]:
     """The figures of one model."""
     model, tokenizer = tappa.load(name)
     summary = tappa.analyze(model, tokenizer, packaged_text(), tokens=2048).summary()

@@ -14,15 +14,35 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 import tappa.kernels
 import tappa.models
 from kernel_checks import poisoned
+from shift import shift_all
 from tappa.cli import main
 from tappa.kernels import launching
 from tappa.models import LoadedModel
 
+pytest_plugins = ["not_run"]
 Run = Callable[..., tuple[int, str, str]]
 # there are no wheels of Triton for every platform
 collect_ignore = ["kernels"] if importlib.util.find_spec("triton") is None else []
 STORE = 80 * 2**20  # bytes of shared memory of a node of Ray
-torch.set_num_threads(1)  # one for each xdist worker: more of them only wait for each other
+# one for each xdist worker: more of them only wait for each other
+torch.set_num_threads(int(os.environ.get("TAPPA_TEST_THREADS", "1")))
+SHIFT = float(os.environ.get("TAPPA_TEST_SHIFT", "0"))
+if SHIFT:
+    shift_all(SHIFT)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers of our own."""
+    told = "what is compared ran the same kernels: equal to the bit, on any machine"
+    config.addinivalue_line("markers", f"same_kernel: {told}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """No claim of equal bits where every number is shifted."""
+    if SHIFT:
+        equal = [item for item in items if item.get_closest_marker("same_kernel")]
+        config.hook.pytest_deselected(items=equal)
+        items[:] = [item for item in items if item not in equal]
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +84,15 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, poison: None) -> list[str]:
     monkeypatch.setattr(tappa.kernels, "_attempt", noted)
     monkeypatch.setattr(launching, "FAILED", set())
     return ran
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As workers have: sums in the same order as theirs, to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

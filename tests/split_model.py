@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 import tappa.cli
 from tappa.cache_argument import with_cache
+from tappa.compression import generate
 from tappa.errors import ModelError
 from tappa.pruning import calibrate
 from tappa.report.looking import look
@@ -18,6 +20,7 @@ from tappa.report.views import save_views
 
 TEXTS = ["It is a truth universally acknowledged, " * 3, "that a single man in possession " * 2]
 METHODS = ("snapkv", "tappa", "tappa by heads", "adakv", "cake", "tappa_paper", "h2o")
+WRITING = ("snapkv", "adakv", "tappa by heads", "cake")
 BUDGET, PROMPT, NEW = 40, 90, 7
 
 
@@ -32,6 +35,43 @@ def kept(model: PreTrainedModel, method: str, heads: range) -> list[list[list[in
             model(torch.tensor([[11 + step]]), **with_cache(model, cache))
     layers = range(len(cache.layers))
     return [[cache.positions_held(layer, head) for head in heads] for layer in layers]
+
+
+def written(model: PreTrainedModel, method: str, graph: bool, heads: range) -> list[Any]:
+    """Two rows written from a prompt, and the positions that these KV heads hold then."""
+    options: dict[str, Any] = {"per_head": True} if method == "tappa by heads" else {}
+    ids = torch.stack([torch.arange(PROMPT) * 7 % 90 + 5, torch.arange(PROMPT) * 11 % 90 + 5])
+    cache = tappa.compressed(model, method.split()[0], BUDGET, every=5, **options)
+    tokens = generate(cache, ids, 30, graph=graph)[:, PROMPT:].tolist()
+    places = [(row, layer) for row in range(2) for layer in range(len(cache.layers))]
+    held = [[cache.positions_held(layer, head, row) for head in heads] for row, layer in places]
+    return [tokens, held, cache.tokens_seen]
+
+
+def collectives(model: PreTrainedModel, method: str) -> list[int]:
+    """Of every step of some that are written one by one: how often ranks talk for tappa."""
+    calls, gather = [0], dist.all_gather
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        calls[-1] += 1
+        return gather(*arguments, **options)
+
+    cache = tappa.compressed(model, method, BUDGET, every=5)
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", noted)
+        model(torch.arange(PROMPT)[None] + 5, **with_cache(model, cache))
+        for step in range(12):
+            calls.append(0)
+            model(torch.tensor([[11 + step]]), **with_cache(model, cache))
+    return calls[1:]
+
+
+def drawn(model: PreTrainedModel, rank: int) -> list[int]:
+    """Tokens drawn by a rank whose random numbers are its own."""
+    torch.manual_seed(rank)
+    cache = tappa.compressed(model, "snapkv", BUDGET)
+    ids = torch.arange(PROMPT)[None] + 5
+    return generate(cache, ids, 9, temperature=1.0)[0, PROMPT:].tolist()
 
 
 def commands(model: Path, out: Path) -> list[list[str]]:
@@ -51,6 +91,15 @@ def main(folder: Path, out: Path) -> None:
     analysis = tappa.analyze(model, tokenizer, TEXTS)
     found = {method: kept(model, method, range(1)) for method in METHODS}
     (out / f"kept-{rank}.json").write_text(json.dumps(found))
+    texts = {
+        f"{method} {graph}": written(model, method, graph, range(1))
+        for method in WRITING
+        for graph in (False, True)
+    }
+    (out / f"written-{rank}.json").write_text(json.dumps(texts))
+    talk = {method: collectives(model, method) for method in ("snapkv", "adakv")}
+    (out / f"collectives-{rank}.json").write_text(json.dumps(talk))
+    (out / f"drawn-{rank}.json").write_text(json.dumps(drawn(model, rank)))
     calibration = calibrate(model, tokenizer, TEXTS, window=31, limit=3)
     views = look(model, tokenizer, TEXTS[0], methods=("snapkv",))
     if rank == 0:

@@ -1,3 +1,4 @@
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from tappa.capture import LayerView, prefill
-from tappa.errors import CaptureError, ModelError, NonFiniteError
+from tappa.errors import CaptureError, ModelError
 from tiny import GROUPED, ROPE_KINDS, tiny_model
 
 TOKENS = 37
@@ -360,32 +361,61 @@ def test_queries_that_are_normalised_after_rope_are_refused() -> None:
         views_of(model)
 
 
-def test_queries_of_zero_are_refused_and_small_ones_are_not() -> None:
-    model = tiny_model("llama")
-    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight
-    assert isinstance(weight, Tensor)
-    expected = views_of(model)[2].rotary
-    weight.data *= 1e-30
-    assert torch.equal(views_of(model)[2].rotary.first, expected.first)
-    weight.data *= 0
-    with pytest.raises(CaptureError, match=r"layer 1 .*all zero"):
-        views_of(tiny_with(model))
+def layouts(model: PreTrainedModel) -> list[list[list[int]]]:
+    rotary = [view.rotary for view in views_of(model, IDS[:1])]
+    return [[x.tolist() for x in (r.first, r.second, r.unrotated)] for r in rotary]
 
 
-def tiny_with(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a new model, of which nothing is known yet."""
-    fresh = tiny_model("llama")
-    fresh.load_state_dict(model.state_dict())
-    return fresh
+@every_kind
+@pytest.mark.parametrize("value", [0.0, 1e-30, torch.nan, torch.inf])
+def test_no_weight_hides_how_a_layer_rotates(kind: str, value: float) -> None:
+    """A dead or broken layer is still one of its kind: its code says how it rotates."""
+    model = tiny_model(kind)
+    for module in attention_modules(model).values():
+        for parameter in module.parameters():
+            parameter.data.fill_(value)
+    assert layouts(model) == layouts(tiny_model(kind))
+
+
+def test_zeros_in_a_norm_of_queries_hide_nothing() -> None:
+    """Weights of -1 in Gemma's norms, which multiply by 1 + w, keep dimensions at zero."""
+    model, expected = tiny_model("gemma3"), layouts(tiny_model("gemma3"))
+    for module in attention_modules(model).values():
+        module.get_parameter("q_norm.weight").data[[0, 3, 8]] = -1
+        module.get_parameter("k_norm.weight").data[[0, 3, 8]] = -1
+    views = views_of(model, IDS[:1])
+    assert not any(view.queries[..., [3, 8]].any() for view in views)  # they turn together
+    assert layouts(model) == expected
+    for view in views:
+        close(view.queries_before, queries_without_rope(model, view.layer)[0])
+
+
+def test_weights_in_half_precision_hide_nothing_either() -> None:
+    model = tiny_model("gemma3").bfloat16()
+    for module in attention_modules(model).values():
+        module.get_parameter("q_norm.weight").data.fill_(-1)
+    assert layouts(model) == layouts(tiny_model("gemma3"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_queries_that_are_not_finite_in_every_head(value: float) -> None:
+def test_learning_a_layout_leaves_the_weights_alone(value: float) -> None:
+    model = tiny_model("qwen3")
+    model.get_parameter("model.layers.1.self_attn.q_norm.weight").data[0] = value
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    views_of(model)
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_keys_that_turn_otherwise_than_queries_are_refused(monkeypatch: Any) -> None:
+    def only_queries(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(q, k, cos, sin)[0], k
+
     model = tiny_model("llama")
-    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight
-    assert isinstance(weight, Tensor)
-    weight.data.fill_(value)
-    with pytest.raises(NonFiniteError, match=r"layer 1 .*queries of every head"):
+    source = sys.modules[type(model).__module__]
+    rotate = source.apply_rotary_pos_emb
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", only_queries)
+    with pytest.raises(CaptureError, match=r"layer 0 .* turns queries and keys in different ways"):
         views_of(model)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
+    "versions",
     "errors",
     "files",
     "interrupts",
@@ -14,8 +15,10 @@ ORDER = [
     "cache_argument",
     "adapters",
     "tensor_parallel",
+    "head_counts",
     "texts",
     "checkpoint",
+    "gguf_files",
     "models",
     "rope",
     "kernels",
@@ -23,6 +26,7 @@ ORDER = [
     "attention_profile",
     "theory",
     "interface",
+    "without_weights",
     "rotary_probe",
     "capture",
     "channels",

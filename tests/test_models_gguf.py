@@ -29,7 +29,7 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, caplog, capfd, monkeypa
 
     [kept] = (cache / "converted").iterdir()  # nothing temporary is left
     assert "quantization_config" not in json.loads((kept / "config.json").read_text())
-    monkeypatch.setattr(models, "_read_gguf", lambda *_: pytest.fail("it was converted again"))
+    monkeypatch.setattr(models, "read_gguf", lambda *_: pytest.fail("it was converted again"))
     moved = gguf_file.rename(gguf_file.with_name("tiny.GGUF"))
     again, again_tokenizer = load(str(moved))
     assert torch.equal(again(PROMPT).logits, original(PROMPT).logits)
@@ -46,14 +46,14 @@ def test_a_changed_gguf_file_is_converted_again(gguf_file, cache):
 
 
 def test_a_conversion_overtaken_by_another_process_uses_its_copy(gguf_file, cache, monkeypatch):
-    read = models._read_gguf
+    read = models.read_gguf
 
     def overtaken(*arguments):
-        monkeypatch.setattr(models, "_read_gguf", read)
+        monkeypatch.setattr(models, "read_gguf", read)
         models._converted(gguf_file, "the faster one")
         return read(*arguments)
 
-    monkeypatch.setattr(models, "_read_gguf", overtaken)
+    monkeypatch.setattr(models, "read_gguf", overtaken)
     model, _ = load(str(gguf_file))
     assert torch.equal(model(PROMPT).logits, tiny_model("qwen2")(PROMPT).logits)
     assert len(list((cache / "converted").iterdir())) == 1
@@ -63,7 +63,8 @@ def test_a_conversion_overtaken_by_another_process_uses_its_copy(gguf_file, cach
 def test_a_cut_gguf_file(gguf_file, cache, share):
     content = gguf_file.read_bytes()
     gguf_file.write_bytes(content[: int(share * len(content))])
-    assert f"GGUF file {gguf_file} (corrupt" in refusal(gguf_file) or share < 0.001
+    message = refusal(gguf_file)
+    assert f"GGUF file {gguf_file}: it" in message or share < 0.001
     assert not cache.exists() or not list((cache / "converted").iterdir())
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tappa.errors import TextError
-from tappa.texts import encode_texts, packaged_text, read_text
+from tappa.texts import encode_texts, packaged_text, read_lines, read_text
 from tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -92,3 +92,14 @@ def test_encode_texts_looks_further_when_tokens_are_long(smollm2):
     text = " internationalization" * 500 + " the end"
     [ids] = encode_texts(smollm2.tokenizer, [text], tokens=400)
     assert ids == smollm2.tokenizer(text).input_ids[:400]
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\ufeffa\u2028b\r\n\nç\n".encode() + b"\xff\n" + b"z" * 100)
+    lines = read_lines(path)
+    assert [next(lines) for _ in range(3)] == ["a\u2028b\r", "", "ç"]
+    with pytest.raises(TextError, match=r"byte 0xff at offset 14 of .*a\.jsonl"):
+        next(lines)
+    with pytest.raises(TextError, match=r"cannot read the text file .*: No such file"):
+        next(read_lines(tmp_path / "none"))

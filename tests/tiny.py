@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -23,6 +22,8 @@ from transformers import (
     Qwen3Config,
     TokenizersBackend,
 )
+
+from gguf_writing import write_gguf
 
 VOCABULARY = 101
 
@@ -147,44 +148,15 @@ def save_tiny(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def change_config(folder: Path, **changes: Any) -> Path:
     """Change entries of a saved config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    change_json(folder / "config.json", **changes)
     return folder
 
 
+def change_json(file: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 def save_tiny_gguf(path: Path) -> PreTrainedModel:
-    """Write the tiny qwen2 model (its GGUF tensors need no reordering) as GGUF, and return it."""
-    model = tiny_model("qwen2")
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert new_name is not None
-        writer.add_tensor(new_name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    tokens = ["<|endoftext|>", "<pad>", *map(chr, range(33, 127)), "\u0120", "\u010a", "th", "the"]
-    kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(["t h", "th e"])
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(1)
+    """Write the tiny qwen2 model as GGUF, and return it."""
+    return write_gguf(path, tiny_model("qwen2"), "qwen2")

@@ -6,6 +6,7 @@ from tappa.errors import TappaError
 from tappa.layer_statistics import Settings
 from tappa.models import load
 from tappa.pruning import Calibration, calibrate, prune
+from tappa.versions import check_versions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,3 +23,5 @@ __all__ = [
     "prune",
     "record",
 ]
+
+check_versions()

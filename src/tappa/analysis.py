@@ -19,6 +19,7 @@ from tappa.checkpoint import first_line
 from tappa.errors import AnalysisFileError, TextError
 from tappa.figures import head_figures
 from tappa.files import write_atomic
+from tappa.head_counts import kv_heads, one_or_all, query_heads
 from tappa.layer_statistics import LayerStatistics, PromptReading, Settings
 from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
@@ -134,6 +135,8 @@ class Analysis:
 
 def _read_layer(content: dict[str, Any]) -> LayerStatistics:
     sums = {name: np.array(values) for name, values in content["sums"].items()}
+    # lists do not tell the shape of an array without numbers: no channel is rotated
+    sums["align"] = sums["align"].reshape(len(sums["energy"]), len(content["theta"]), 2)
     return LayerStatistics(content["layer"], content["theta"], content["scale"], sums)
 
 
@@ -218,13 +221,15 @@ def analyze_prompts(
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a model in an Analysis."""
-    config = model.config.get_text_config()
+    """What identifies a model in an Analysis.
+
+    `heads` and `kv_heads` are lists where layers differ.
+    """
     return {
         "name": str(model.config._name_or_path) or type(model).__name__,
         "class": type(model).__name__,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "heads": one_or_all(query_heads(model)),
+        "kv_heads": one_or_all(kv_heads(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

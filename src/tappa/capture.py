@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tappa.adapters import unwrapped
 from tappa.attention_profile import Attention
-from tappa.cache_argument import with_cache
+from tappa.cache_argument import cache_among, with_cache
 from tappa.errors import CaptureError, ModelError
+from tappa.head_counts import shares_keys
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -96,11 +97,12 @@ def prefill(
     with torch.inference_mode(), _capturing(model, consume) as session:
         session.logits_to_keep = logits_to_keep
         if chunk is None or chunk >= input_ids.shape[1]:
-            return session.forward(input_ids, attention_mask, None).logits
-        cache = DynamicCache(config=model.config)
+            return session.forward(input_ids, attention_mask).logits
+        out = None
         for piece in input_ids.split(chunk, dim=1):
-            logits = session.forward(piece, None, cache).logits
-        return logits
+            out = session.go_on(piece, out)
+        assert out is not None
+        return out.logits
 
 
 @dataclass
@@ -123,7 +125,19 @@ class _Session:
         self.switch = AttentionSwitch(self.model, self.attend)
         self.shards = HeadShards.of(self.model)
 
-    def forward(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Any:
+    def go_on(self, ids: Tensor, before: Any) -> Any:
+        """The next piece of a prompt, with the cache that the model made for those before."""
+        if before is None:
+            return self.forward(ids, None, use_cache=True)
+        cache = cache_among(before)
+        if cache is None:
+            name = type(self.model).__name__
+            raise CaptureError(f"{name} returns no KV cache: analyse in one piece (chunk=None)")
+        return self.forward(ids, None, cache, use_cache=True)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, cache: Any = None, use_cache: bool = False
+    ) -> Any:
         """One forward pass, with explicit positions that do not count padding."""
         tokens = ids.shape[1]
         valid = torch.ones_like(ids) if mask is None else mask.to(ids.device)
@@ -135,9 +149,9 @@ class _Session:
             input_ids=ids,
             attention_mask=mask,
             position_ids=self.positions,
-            use_cache=cache is not None,
+            use_cache=use_cache,
             **with_cache(self.model, cache),
-            **({"logits_to_keep": self.logits_to_keep} if keep else {}),
+            **({"logits_to_keep": self._kept(tokens)} if keep else {}),
         )
         if not self.layers_seen:
             raise ModelError(
@@ -146,6 +160,15 @@ class _Session:
             )
         self.start += tokens
         return out
+
+    def _kept(self, tokens: int) -> int | Tensor:
+        """Whose logits are wanted, as the model is told.
+
+        By their places, where a number would make layers that read others' keys leave out the rest.
+        """
+        if not self.logits_to_keep or not shares_keys(self.model):
+            return self.logits_to_keep
+        return torch.arange(max(tokens - self.logits_to_keep, 0), tokens)
 
     def attend(
         self,
@@ -158,7 +181,7 @@ class _Session:
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: show the layer to `consume`, then call it."""
         if self.probe.probing:
-            return self.probe.answer(query, value)
+            return self.probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         output = kernel(module, query, key, value, attention_mask, **kwargs)
         self._show(module, query, key, attention_mask, kwargs)
@@ -169,7 +192,9 @@ class _Session:
     ) -> None:
         attention = attention_of(module, query, kwargs)
         rotary = self._rotary(module)
-        layer = int(cast(int, module.layer_idx))
+        layer, tokens = int(cast(int, module.layer_idx)), self.positions.shape[1]
+        if query.shape[2] != tokens:
+            raise CaptureError(f"layer {layer}: expected {tokens} queries, got {query.shape[2]}")
         if layer in self.layers_seen:
             raise ModelError(
                 f"layer {layer} ({type(module).__name__}) attends more than once in a forward "

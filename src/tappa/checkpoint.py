@@ -135,9 +135,13 @@ def library_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, as in tokenizers
+            raise
+        raise ModelError(f"{what}: {first_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters, else the error's kind."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -6,6 +6,8 @@ import math
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,23 @@ def ensure_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write to the folder {folder}: {_reason(error)}") from error
     return folder
+
+
+@contextmanager
+def made_folder(path: str | Path) -> Iterator[Path]:
+    """The folder `path`, created where it is missing; an error leaves no new folder that is empty.
+
+    So a disk that is full, or a run that is refused, leaves nothing behind. Raises OutputError.
+    """
+    folder = Path(path)
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield ensure_folder(folder)
+    except BaseException:
+        for one in missing:
+            with suppress(OSError):  # it has files
+                one.rmdir()
+        raise
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -18,6 +18,10 @@ from tappa.attention_profile import Attention
 from tappa.errors import CaptureError, ModelError
 
 PREFIX = "tappa"
+# What models hand to a kernel beside queries and keys, that changes the attention: terms of the
+# softmax, and which keys each query sees (these models mask them only for kernels that they know)
+ADDED = "s_aux", "sinks", "position_bias"
+CHOSEN = "indices", "block_indices"
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -85,11 +89,11 @@ class AttentionSwitch:
 
 def attention_of(module: nn.Module, query: Tensor, kwargs: dict) -> Attention:
     """Scale, window and soft-capping as the model passes them to its kernel."""
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} adds {name} to its attention, which tappa cannot analyse"
-            )
+    for names, what in (ADDED, "adds {} to its attention"), (CHOSEN, "attends to chosen keys ({})"):
+        for name in names:
+            if kwargs.get(name) is not None:
+                said = what.format(name)
+                raise ModelError(f"{type(module).__name__} {said}, which tappa cannot analyse")
     if kwargs.get("is_causal") is False and query.shape[2] > 1:
         raise ModelError(f"expected causal attention, {type(module).__name__} asks for another")
     scale = kwargs.get("scaling")

@@ -13,7 +13,7 @@ from tappa.attention_profile import ADDITIVE, AttentionProfile, attention_profil
 from tappa.capture import LayerView
 from tappa.channels import ChannelSums, best_season
 from tappa.errors import CaptureError, NonFiniteError
-from tappa.fetching import Fetched
+from tappa.fetching import Fetched, send
 from tappa.query_model import expected_persistence, observed_seasons
 from tappa.similarity import SelfSimilarity
 from tappa.tensor_parallel import HeadShards
@@ -104,7 +104,7 @@ class PromptLayer:
         season = self.season
         if season is None:
             season = best_season(*_unit_vectors(view), lags=self.settings.lags)
-        found = Fetched(torch.cat([season.to(view.model_keys.device), *_non_finite(view)]))
+        found = Fetched(torch.cat([send(season, view.model_keys.device), *_non_finite(view)]))
         self._add_profile(view)
         dominant = self._add_vectors(view).dominant()
         # the CPU waits for a GPU here only, which has the profile to work on meanwhile
@@ -177,6 +177,9 @@ class PromptLayer:
 
         def statistics() -> LayerStatistics:
             arrays = sent()
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise NonFiniteError(f"layer {layer}: {name} is too large for a number")
             return LayerStatistics(layer, arrays.pop("theta").tolist(), scale, arrays)
 
         return statistics

@@ -2,14 +2,12 @@
 
 import hashlib
 import importlib.util
-import io
 import logging
 import os
 import shutil
 import tempfile
 import threading
 import warnings
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, load_model, quiet
+from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, quiet
 from tappa.errors import ModelError
+from tappa.gguf_files import read_gguf
 
 __all__ = ["LoadedModel", "context_length", "load", "local_path", "require_rope"]
 
@@ -37,7 +36,7 @@ DTYPES = {
 
 SPREAD = ("all", "tp")  # devices of models that lie on several
 
-_CONVERSION = "1"  # part of the name of converted copies: raise it when their content changes
+_CONVERSION = "2"  # part of the name of converted copies: raise it when their content changes
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _logger = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()  # transformers' loading swaps global functions: no two threads
@@ -202,7 +201,7 @@ def _load_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
     except (OSError, SafetensorError) as error:
         text = f"cannot keep a converted copy of {label}, so each load takes longer: {error}"
         warnings.warn(text, stacklevel=3)
-        return _read_gguf(path, label, options)
+        return read_gguf(path, label, options)
 
 
 def _converted(path: Path, label: str) -> Path:
@@ -219,7 +218,7 @@ def _converted(path: Path, label: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         _logger.warning("converting %s once, which takes a while", label)
         draft = Path(scratch, "model")
-        for part in _read_gguf(path, label, {"dtype": torch.float32}):
+        for part in read_gguf(path, label, {"dtype": torch.float32}):
             part.save_pretrained(draft)
         try:
             draft.rename(folder)
@@ -233,17 +232,3 @@ def _cache() -> Path:
     if folder := os.environ.get("TAPPA_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tappa"
-
-
-def _read_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
-    """Dequantise a GGUF file, which takes about half a minute per gigabyte of float32 weights."""
-    failure = f"cannot read the GGUF file {label} (corrupt, cut short or of an unknown kind?)"
-    with library_errors(failure), redirect_stderr(io.StringIO()):  # hides a progress bar
-        model: Any = load_model(path.parent, label, gguf_file=str(path), **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path))
-    # The weights are plain now; with the mark of quantised ones transformers would not save them.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return LoadedModel(model, tokenizer)

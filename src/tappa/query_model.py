@@ -18,6 +18,7 @@ from torch import Tensor
 from tappa import kernels
 from tappa.attention_profile import SINK_TOKENS, attention_rows, persistence
 from tappa.capture import LayerView
+from tappa.fetching import send
 from tappa.rope import RotaryChannels
 
 
@@ -43,7 +44,7 @@ class QueryModel:
         """
         rotary, queries = view.rotary, view.model_queries
         shifts = torch.stack(list(steps))
-        on_device = shifts.to(queries.device, torch.int32, non_blocking=True)
+        on_device = send(shifts.int(), queries.device)
         sums = kernels.query_sums(queries, rotary, view.query_start, on_device)
         if sums is None:
             before = view.queries_before
@@ -53,7 +54,7 @@ class QueryModel:
         at = torch.full((len(queries), 1), -(view.query_start + count // 2), device=queries.device)
         origin = rotary.rotate(queries[:, count // 2 : count // 2 + 1].float(), at)
         variance = (squares - rotary.by_channel(offset.square())).float()
-        pairs = (count - shifts)[..., None].to(changes.device, non_blocking=True)
+        pairs = send((count - shifts)[..., None], changes.device)
         model = cls(origin + offset.float()[:, None], variance.clamp_min(0), rotary)
         return model, list((changes / pairs).float())
 
@@ -101,7 +102,7 @@ def expected_rows(
     heads = len(rows) * view.shards.ranks  # a head's noise is the same on whatever rank it is
     every = _noise((1 + len(steps), heads, rows.shape[1], view.rotary.dim), device)
     noise = view.shards.mine(every.transpose(0, 1)).transpose(0, 1)
-    rows = rows.to(device, non_blocking=True)
+    rows = send(rows, device)
 
     def attend(at: Int[Tensor, "heads rows"], noise: Tensor) -> Tensor:
         positions = at + view.query_start
@@ -111,7 +112,7 @@ def expected_rows(
     yield attend(rows, noise[0])
     for u, change, fresh in zip(steps, changes, noise[1:], strict=True):
         same = model.correlation(change)
-        at = rows + u.to(device, non_blocking=True)[:, None]
+        at = rows + send(u, device)[:, None]
         yield attend(at, same * noise[0] + (1 - same.square()).sqrt() * fresh)
 
 
@@ -124,7 +125,7 @@ def expected_persistence(
     """
     steps = [torch.ones_like(season), season]
     now, step, later = expected_rows(view, rows, steps)
-    lag = season.to(now.device, non_blocking=True)
+    lag = send(season, now.device)
     sums = (
         persistence(now, step, 0),
         persistence(now, step, 1),
@@ -145,7 +146,7 @@ def observed_seasons(
     view: LayerView, rows: Int[Tensor, "heads rows"], season: Int[Tensor, " heads"]
 ) -> Float[Tensor, "heads 3"]:
     """Real persistence under the shifts (L, L), (L, 0) and (0, L), summed over some rows."""
-    rows, season = (x.to(view.model_queries.device, non_blocking=True) for x in (rows, season))
+    rows, season = (send(x, view.model_queries.device) for x in (rows, season))
     head = torch.arange(len(rows), device=rows.device)[:, None]
 
     def attend(at: Int[Tensor, "heads rows"]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from tappa.errors import CaptureError, NonFiniteError
+from tappa.errors import CaptureError
 
 # (cos, sin) -> the vectors of one attention layer, rotated with these tables: (..., tokens, dim)
 RotateWith = Callable[[Tensor, Tensor], Tensor]
@@ -229,10 +229,11 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
     multiplied by the cos column that serves it. With a random sin (and cos = 0), dimension i shows
     `-x_j sin` or `+x_j sin`: its partner j and the sense of rotation. So half-split, interleaved,
     reversed and partial rotary, fused projections and query norms all need no code of their own.
+    A dimension that is zero would show nothing: `rotate_with` must turn vectors without zeros.
 
     Raises:
-        CaptureError: the layer is not a rotation of pairs of dimensions by these tables.
-        NonFiniteError: no head gives finite vectors.
+        CaptureError: the layer is not a rotation of pairs of dimensions by these tables, or a
+            dimension is zero.
     """
     generator = torch.Generator().manual_seed(0)
     table = 1 + torch.rand(tokens, columns, generator=generator)
@@ -241,14 +242,9 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
         rotate_with(cos, sin).float().cpu().movedim(-2, 0).flatten(1, -2)
         for cos, sin in ((one, zero), (table, zero), (zero, table))
     )
-    sound = torch.stack([x, scaled, swapped]).isfinite().all(dim=3).all(dim=1).all(dim=0)
-    if not sound.any():
-        raise NonFiniteError("NaN or infinity in the queries of every head")
-    x, scaled, swapped = x[:, sound], scaled[:, sound], swapped[:, sound]  # NaN is reported later
-    size = x.abs().max()
-    if size == 0:
-        raise CaptureError("its queries are all zero, so that its RoPE cannot be seen")
+    size = x.abs().amax()
     x, scaled, swapped = x / size, scaled / size, swapped / size
+    _check_vectors(x)
     column, rotated = _match_columns(x, scaled, table)
     if not rotated.any() and not torch.equal(scaled, x):
         raise CaptureError("its RoPE is followed by something else, a norm of queries perhaps")
@@ -256,11 +252,21 @@ def probe_layout(rotate_with: RotateWith, columns: int, tokens: int = 8) -> Rota
     partner, sign = _match_partners(x.flatten(0, 1), turned.flatten(0, 1))
     dims = torch.arange(x.shape[-1])
     if not torch.equal(partner[partner[rotated]], dims[rotated]):
-        raise CaptureError("its RoPE does not turn pairs of dimensions, or some are always zero")
+        raise CaptureError("its RoPE does not turn pairs of dimensions")
     first = dims[rotated & (sign < 0)]
     order = column[first].argsort(stable=True)
     first = first[order]
     return RotaryLayout(first, partner[first], column[first], dims[~rotated])
+
+
+def _check_vectors(x: Float[Tensor, "tokens vectors dim"]) -> None:
+    """Refuse vectors of which nothing can be learned."""
+    if not x.isfinite().all():
+        raise CaptureError("its vectors are zero, NaN or infinite whatever goes in")
+    hidden = x.eq(0).all(0).all(0)
+    if hidden.any():
+        at = int(hidden.int().argmax())
+        raise CaptureError(f"its dimension {at} is zero whatever goes in: its RoPE cannot be seen")
 
 
 def _match_columns(

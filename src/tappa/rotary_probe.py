@@ -1,7 +1,8 @@
 """The rotary channels of every attention layer, learnt from the model while it runs."""
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel
 from tappa.cache_argument import NAMES
 from tappa.errors import CaptureError, ModelError
 from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
+from tappa.without_weights import WithoutWeights
 
+TOKENS = 8  # of the probe's own runs
 CACHE_ARGUMENTS = {*NAMES, "past_key_value", "layer_past"}
 POSITION_ARGUMENTS = {"position_ids", "cache_position"}
 
@@ -41,7 +44,8 @@ class RotaryProbe:
         self.latest: inspect.BoundArguments | None = None  # call of the layer that runs now
         self._channels: dict[tuple[int, ...], tuple[Tensor, RotaryChannels]] = {}  # likewise
         self._rotary = [m for m in model.modules() if _inv_freqs(m)]
-        self._probed: list[Tensor] | None = None
+        self._unknown: dict[nn.Module, str] = {}  # why a module's layout is not known
+        self._seen: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of its own runs
 
     def hooks(self) -> list[RemovableHandle]:
         """Watch the model's forward passes until these are removed."""
@@ -57,12 +61,12 @@ class RotaryProbe:
     @property
     def probing(self) -> bool:
         """Whether the call of an attention function is one of the probe's own."""
-        return self._probed is not None
+        return self._seen is not None
 
-    def answer(self, query: Tensor, value: Tensor) -> tuple[Tensor, None]:
+    def answer(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         """What the attention function returns to the probe: zeros of the right shape."""
-        assert self._probed is not None
-        self._probed.append(query)
+        assert self._seen is not None
+        self._seen.append((query, key))
         rows, heads, tokens, _ = query.shape
         return query.new_zeros(rows, tokens, heads, value.shape[-1]), None
 
@@ -78,6 +82,8 @@ class RotaryProbe:
                 f"expected a model with rotary position embeddings (RoPE), but "
                 f"{type(module).__name__} of {type(self.model).__name__} gets none"
             )
+        if module not in _LAYOUTS:
+            raise CaptureError(self._unknown[module])
         layout, table = _LAYOUTS[module], self._tables[module]
         key = (id(layout), id(table[0]), row, tokens.start, tokens.stop)
         if key not in self._channels:  # layers mostly share their tables
@@ -105,40 +111,94 @@ class RotaryProbe:
         self._tables[module] = table
         if _is_attention(module):
             self.latest = call
-            if module not in _LAYOUTS:
-                layout = self._probe(module, call)
+            if module not in _LAYOUTS and (layout := self._probe(module, call)) is not None:
                 _LAYOUTS[module] = next((k for k in _LAYOUTS.values() if k.same_as(layout)), layout)
 
-    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout:
-        """Run the attention module alone on random vectors with made-up tables."""
-        hidden, (cos, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(1, 8, hidden.shape[-1], generator=generator).to(hidden)
-        arguments: dict[str, Any] = {}
-        for name, value in call.arguments.items():
-            keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            arguments |= value if keywords else {name: value}
-        arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
-        arguments |= {"hidden_states": noise, "attention_mask": None}
-        for name in POSITION_ARGUMENTS & arguments.keys():
-            arguments[name] = torch.arange(noise.shape[1], device=noise.device)[None]
+    def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout | None:
+        """Learn a layer's layout from its attention module alone, without its weights.
 
-        def rotate_with(cos_table: Tensor, sin_table: Tensor) -> Tensor:
-            tables = tuple(t[None].to(cos) for t in (cos_table, sin_table))
-            self._probed = []
-            module.forward(**(arguments | {"position_embeddings": tables}))
-            return self._probed[0][0]
+        None where that fails, which matters only if the module calls an attention function: one of
+        linear attention does not, for example.
+        """
+        hidden, (like, _) = call.arguments["hidden_states"], call.arguments["position_embeddings"]
+        arguments = _made_up(call)
+
+        def run(cos: Tensor, sin: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+            self._seen = []
+            random.restart(seed)
+            noise = torch.randn(1, len(cos), hidden.shape[-1], generator=random.generator)
+            tables = tuple(t[None].to(like) for t in (cos, sin))
+            made_up = {"hidden_states": noise.to(hidden), "position_embeddings": tables}
+            module.forward(**(arguments | made_up))
+            if not self._seen:
+                raise _NoAttention
+            queries, keys = self._seen[0]
+            return queries[0], keys[0]
 
         place = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
         try:
-            return probe_layout(rotate_with, cos.shape[-1])
+            with torch.no_grad(), WithoutWeights(module) as random:
+                return _layout(run, like.shape[-1])
+        except _NoAttention:
+            self._unknown[module] = f"{place} calls no attention function when it is run alone"
+            return None
         except (CaptureError, ModelError) as error:
             raise type(error)(f"{place}: {error}") from error
         except Exception as error:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CaptureError(f"{place}: its RoPE cannot be learned: {message}") from error
+            self._unknown[module] = f"{place}: its RoPE cannot be learned: {message}"
+            return None
         finally:
-            self._probed = None
+            self._seen = None
+
+
+class _NoAttention(Exception):
+    """No attention function was called."""
+
+
+# (cos, sin, seed of the random numbers) -> queries and keys: (heads, tokens, dim)
+Run = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _layout(run: Run, columns: int) -> RotaryLayout:
+    """The layout of a layer's queries, which must be that of its keys.
+
+    NaN in the tables shows what comes after RoPE. Keys that neither it nor other random numbers
+    change are those of another layer.
+    """
+    nan = torch.full((TOKENS, columns), torch.nan)
+    one, zero = torch.ones_like(nan), torch.zeros_like(nan)
+    _, elsewhere = run(nan, nan, 2)
+    layout = probe_layout(lambda cos, sin: run(cos, sin, 1)[0], columns, TOKENS)
+    if torch.equal(run(one, zero, 1)[1], elsewhere):
+        return layout
+    of_keys = probe_layout(lambda cos, sin: run(cos, sin, 1)[1], columns, TOKENS)
+    if not layout.same_as(of_keys):
+        raise CaptureError("its RoPE turns queries and keys in different ways")
+    return layout
+
+
+def _made_up(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call for a few tokens of their own: no cache, first positions."""
+    arguments: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        keywords = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        arguments |= value if keywords else {name: value}
+    arguments |= dict.fromkeys(arguments.keys() & CACHE_ARGUMENTS)
+    # layers may leave their keys to others in a dictionary: in a copy here
+    arguments |= {k: copy.copy(v) for k, v in arguments.items() if isinstance(v, MutableMapping)}
+    device = call.arguments["hidden_states"].device
+    for name in POSITION_ARGUMENTS & arguments.keys():
+        arguments[name] = torch.arange(TOKENS, device=device)[None]
+    return arguments | {"attention_mask": _mask_of_all(arguments.get("attention_mask"))}
+
+
+def _mask_of_all(mask: object) -> Tensor | None:
+    """A mask of the same type under which all tokens see each other; None where it is no matrix."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    shape = 1, 1, TOKENS, TOKENS
+    return mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
 
 
 def _signature(module: nn.Module) -> inspect.Signature:

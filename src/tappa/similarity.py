@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tappa import kernels
+from tappa.fetching import send
 from tappa.kernels.sums import VectorSums
 
 Space = Literal["pre", "post"]
@@ -202,7 +203,7 @@ def autocorrelation(
     Source: the L-periodicity of queries and keys in Theorem 5.4.
     """
     steps = unit.shape[-2]
-    counts = lag_counts(steps, steps, lags).float().to(unit.device, non_blocking=True)
+    counts = send(lag_counts(steps, steps, lags).float(), unit.device)
     sums = kernels.autocorrelation_sums(unit, lags)
     if sums is None:  # few heads at a time: the FFT keeps (2 steps, dim) numbers for each
         sums = torch.cat([lag_sums(part, part, lags) for part in unit.float().split(4)])

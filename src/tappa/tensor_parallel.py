@@ -36,23 +36,24 @@ class HeadShards:
             mesh = mesh["tp"]
         return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), mesh.device_type)
 
-    def gather(self, mine: Tensor) -> Tensor:
-        """(heads of this rank, ...) -> (heads of all ranks, ...)."""
+    def gather(self, mine: Tensor, dim: int = 0) -> Tensor:
+        """(heads of this rank, ...) -> (heads of all ranks, ...); `dim` is that of the heads."""
         if self.ranks == 1:
             return mine
-        sent = mine.to(self.device).contiguous()
-        if sent.dtype == torch.bool:
-            return self.gather(sent.to(torch.uint8)).to(mine.device, torch.bool)
+        if mine.dtype == torch.bool:
+            return self.gather(mine.to(torch.uint8), dim).bool()
+        sent = mine.movedim(dim, 0).to(self.device).contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.ranks)]
         dist.all_gather(parts, sent, group=self.group)
-        return torch.cat(parts).to(mine.device)
+        return torch.cat(parts).movedim(0, dim).to(mine.device)
 
     def gather_padded(self, mine: Tensor, value: float | bool) -> Tensor:
-        """`gather` of (heads, tokens) where ranks differ in tokens, filled up with `value`."""
+        """`gather` of (heads, ..., tokens) where ranks differ in tokens, filled up with `value`."""
         if self.ranks == 1:
             return mine
-        longest = int(self.gather(torch.tensor([mine.shape[1]])).max())
-        return self.gather(torch.nn.functional.pad(mine, (0, longest - mine.shape[1]), value=value))
+        tokens = mine.shape[-1]
+        longest = int(self.gather(torch.tensor([tokens])).max())
+        return self.gather(torch.nn.functional.pad(mine, (0, longest - tokens), value=value))
 
     def total(self, mine: int | float) -> float:
         """The sum over all ranks."""
@@ -60,10 +61,20 @@ class HeadShards:
             return float(mine)
         return float(self.gather(torch.tensor([mine], dtype=torch.float64)).sum())
 
-    def mine(self, every: Any) -> Any:
-        """This rank's part of a list or tensor with all heads first."""
+    def mine(self, every: Any, dim: int = 0) -> Any:
+        """This rank's part of a list with all heads, or of a tensor that has them as `dim`."""
+        if isinstance(every, Tensor):
+            return every.chunk(self.ranks, dim)[self.rank]
         size = len(every) // self.ranks
         return every[self.rank * size : (self.rank + 1) * size]
+
+    def of_first(self, mine: Tensor) -> Tensor:
+        """The tensor of the first rank, whatever the others have."""
+        if self.ranks == 1:
+            return mine
+        sent = mine.to(self.device, copy=True)
+        dist.broadcast(sent, group=self.group, group_src=0)
+        return sent.to(mine.device)
 
 
 def rank_of_torchrun() -> int | None:

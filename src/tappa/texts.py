@@ -1,6 +1,7 @@
 """Texts: reading them, the one shipped with the package, and the tokens a model sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -34,6 +35,26 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def read_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, one after the other, without the "\\n" that ends them.
+
+    Other characters that break lines (U+2028) do not end one. No more of the file is read than is
+    asked for. Raises TextError for a file that is missing or, where that is read, not UTF-8.
+    """
+    path, offset = Path(path), 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield line.decode("utf-8-sig" if offset == 0 else "utf-8").removesuffix("\n")
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        message = f"expected UTF-8 text, got byte 0x{error.object[error.start]:02x}"
+        raise TextError(f"{message} at offset {offset + error.start} of {path}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TextError(f"cannot read the text file {path}: {reason}") from error
+
+
 def packaged_text() -> str:
     """The first volume of Jane Austen's *Pride and Prejudice* (see data/SOURCE.md)."""
     source = resources.files("tappa") / "data" / "pride_and_prejudice.txt"
@@ -57,6 +78,47 @@ def packaged_prompt(characters: int = 9000) -> str:
     return packaged_text()[:characters].rpartition("\n\n")[0]
 
 
+def require_unicode(text: str, what: str) -> None:
+    """Raise TextError for half of a surrogate pair, which no tokenizer takes.
+
+    A terminal of another encoding leaves them for its bytes, and JSON may hold them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"at offset {error.start} of {what}"
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            byte = f"byte 0x{code - 0xDC00:02x} {place}"
+            raise TextError(f"expected UTF-8 text, got {byte}: is the terminal's UTF-8?") from error
+        raise TextError(f"expected text, got a lone surrogate U+{code:04X} {place}") from error
+
+
+def in_chat_template(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A user's message in the tokenizer's chat template, up to where the answer begins.
+
+    Raises TextError without a template, for one that is broken, and for one that rejects the turn.
+    """
+    if not tokenizer.chat_template:
+        raise TextError("expected a tokenizer with a chat template, this one has none")
+    with template_errors():
+        turn = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """Turn what a chat template raises, of whatever kind, into a TextError of one line."""
+    try:
+        yield
+    except TextError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        text = f"cannot use the chat template of this tokenizer: {reason or type(error).__name__}"
+        raise TextError(text) from error
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -72,6 +134,8 @@ def encode_texts(
     limit = _limit(tokens, context)
     if not texts:
         raise TextError("expected at least one text, got none")
+    for text in texts:
+        require_unicode(text, "a text")
     encoded = [_first_tokens(tokenizer, text, limit) for text in texts]
     for number, ids in enumerate(encoded, start=1):
         if len(ids) < MIN_TOKENS:

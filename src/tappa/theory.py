@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float, Int, Int64, Real
 from torch import Tensor
 
+from tappa.fetching import send
 from tappa.rope import RotaryChannels
 
 # Rounding allowed in a logit, as a share of |q||k|: about 100 float32 roundings.
 TOLERANCE = 1e-5
 # Tightness (bound / actual) is counted in bins of a quarter of a doubling; the last one is open.
+UNDERFLOW = 1e-17  # norms below are not known: the squares of such numbers are 0 in float32
 BINS_PER_DOUBLING, BINS = 4, 48
 BOUNDS = (
     "vertical",
@@ -96,10 +98,9 @@ class Points:
         return self.scale * dot(self.query, self.key)
 
     def slack(self) -> Float[Tensor, "heads rows keys"]:
-        """Rounding allowed for each logit."""
-        return (
-            TOLERANCE * self.scale * self.query.norm(dim=-1, keepdim=True) * self.key.norm(dim=-1)
-        )
+        """Rounding allowed for each logit, that of norms below UNDERFLOW included."""
+        query, key = self.query.norm(dim=-1, keepdim=True), self.key.norm(dim=-1)
+        return self.scale * (TOLERANCE * query * key + UNDERFLOW * (query + key + UNDERFLOW))
 
 
 def dot(
@@ -244,7 +245,7 @@ def check_bounds(
     u, v = (torch.cat(part) for part in zip(*shifts.values(), strict=True))
     share = torch.linspace(0, 1, rows)
     at = ((steps - u - 1)[:, None] * share).round().long()
-    at, u, v = (x.to(layer.queries.device, non_blocking=True) for x in (at, u, v))
+    at, u, v = (send(x, layer.queries.device) for x in (at, u, v))
     key_at = layer.sample_keys(at, keys, v)
     now = Points.of(layer, at, key_at)
     then = Points.of(layer, at + u[:, None], key_at + v[:, None, None])

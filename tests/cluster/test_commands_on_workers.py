@@ -22,6 +22,7 @@ from tiny import save_tiny
 ray_pool = pytest.importorskip("tappa.cluster.ray_pool")
 pytestmark = [
     pytest.mark.xdist_group("ray"),
+    pytest.mark.usefixtures("one_thread"),
     # Ray forgets to close sockets and files of processes that it starts
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]

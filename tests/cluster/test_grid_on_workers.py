@@ -4,12 +4,14 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pools import Elsewhere
+from short_memory import short_of_memory
 from tappa.cluster import InProcess, ModelSource
 from tappa.cluster.evaluate import evaluate_grid
 from tappa.errors import ClusterError, EvaluationError
@@ -90,10 +92,50 @@ def test_an_interrupted_grid_goes_on(source: ModelSource, whole: Path, tmp_path:
     assert (results.outcome.answered, results.outcome.found) == (4, 2)
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
     check_same(tmp_path, whole)
-    with pytest.raises(EvaluationError, match="another grid: budgets is"):
-        evaluate_grid(second, Evaluation(WANTED.methods, (48,), WANTED.tasks), tmp_path)
+    other = replace(WANTED, source=replace(WANTED.source, seed=1))
+    with pytest.raises(EvaluationError, match="another grid: seed is 0 there and 1 now"):
+        evaluate_grid(second, other, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         evaluate_grid(Elsewhere(source, stop=0), WANTED, tmp_path / "none")
+
+
+def test_workers_do_what_is_missing(source: ModelSource, whole: Path, tmp_path: Path) -> None:
+    """More samples, methods, budgets and tasks; a damaged file is set aside."""
+    fewer = Evaluation(("full", "snapkv"), (40,), ("fidelity",), replace(WANTED.source, limit=2))
+    evaluate_grid(Elsewhere(source), fewer, tmp_path)
+    (tmp_path / "samples" / "fidelity" / "00001.json").write_text("{")
+    said, pool = list[str](), Elsewhere(source)
+    results = evaluate_grid(pool, WANTED, tmp_path, batch=3, say=said.append)
+    assert len(said) == 1
+    assert "00001.json is damaged" in said[0]
+    outcome = results.outcome
+    assert (outcome.answered, outcome.added, outcome.found) == (6, 1, 0)
+    # those that lack the same cells are answered together
+    assert set(pool.done) == {"choice_arithmetic 0, 1, 2", "fidelity 0", "fidelity 1, 2"}
+    assert sorted(answers(tmp_path)) == FILES
+    for name, record in answers(whole).items():
+        mine = {(one["method"], one["budget"]): one for one in answers(tmp_path)[name]["answers"]}
+        for one in record["answers"]:
+            scores = {k: v for k, v in one["scores"].items() if k in ("kl", "nll")}
+            found = mine[one["method"], one["budget"]]["scores"]
+            assert {k: found[k] for k in scores} == pytest.approx(scores, abs=1e-4)
+
+
+def test_workers_halve_what_does_not_fit(source: ModelSource, whole: Path, tmp_path: Path) -> None:
+    pool, said = Elsewhere(source), list[str]()
+    with short_of_memory(pool.inner.worker.model(source).model, rows=2):
+        evaluate_grid(pool, WANTED, tmp_path, batch=3, say=said.append)
+    assert said == [
+        f"out of memory in fidelity with {what} together: going on with {number}"
+        for what, number in (("3 samples", 1), ("5 cells", 2))
+    ]
+    found, wanted = answers(tmp_path), answers(whole)
+    assert found.keys() == wanted.keys()
+    for name, record in wanted.items():
+        keys = [
+            [(one["method"], one["budget"]) for one in x["answers"]] for x in (record, found[name])
+        ]
+        assert keys[0] == keys[1]
 
 
 def test_cells_that_fail_are_named_and_the_tables_written(

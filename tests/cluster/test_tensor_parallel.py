@@ -12,7 +12,8 @@ import torch
 
 import tappa
 from conftest import Run
-from split_model import METHODS, TEXTS, commands, kept
+from near_ties import watched
+from split_model import METHODS, TEXTS, WRITING, commands, kept, written
 from tappa.analysis import Analysis
 from tappa.errors import CaptureError, ModelError
 from tappa.layer_statistics import LayerStatistics
@@ -70,12 +71,43 @@ def test_the_analysis_has_all_heads_under_their_numbers(model: Path, split: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compressed_cache_keeps_the_same_tokens(model: Path, split: Path, method: str) -> None:
-    whole = kept(tappa.load(model).model, method, range(2))
+    with watched() as seen:
+        whole = kept(tappa.load(model).model, method, range(2))
+    seen.check_clear()
     ranks = [json.loads((split / f"kept-{rank}.json").read_text())[method] for rank in range(2)]
     found = [[heads[0] for heads in layer] for layer in zip(*ranks, strict=True)]
     assert found == whole
     held = [len(head) for layer in whole for head in layer]
     assert sum(held) < 90 * len(held)
+
+
+@pytest.mark.parametrize("method", WRITING)
+@pytest.mark.parametrize("graph", [False, True])
+def test_text_is_written_as_by_the_whole_model(
+    model: Path, split: Path, method: str, graph: bool
+) -> None:
+    """One by one and on fixed buffers, with many cuts."""
+    tokens, held, seen = written(tappa.load(model).model, method, graph, range(2))
+    ranks = [json.loads((split / f"written-{rank}.json").read_text()) for rank in range(2)]
+    parts = [rank[f"{method} {graph}"] for rank in ranks]
+    assert [part[0] for part in parts] == [tokens, tokens]
+    assert [[a[0], b[0]] for a, b in zip(parts[0][1], parts[1][1], strict=True)] == held
+    assert [part[2] for part in parts] == [seen, seen]
+    assert sum(len(head) for heads in held for head in heads) < seen * len(held) * 2
+
+
+def test_ranks_talk_only_where_tokens_are_dropped(split: Path) -> None:
+    """Besides what the model itself has to say."""
+    for rank in range(2):
+        talk = json.loads((split / f"collectives-{rank}.json").read_text())
+        assert talk["snapkv"][5:10] == [1, 1, 0, 0, 0]
+        assert talk["adakv"][7:10] == [0, 0, 0]
+
+
+def test_ranks_draw_the_same_tokens(split: Path) -> None:
+    first, second = (json.loads((split / f"drawn-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert len(set(first)) > 1
 
 
 def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) -> None:
@@ -87,7 +119,9 @@ def test_the_calibration_and_the_views_have_all_heads(model: Path, split: Path) 
     for name in ("cosines", "similarity", "output"):
         np.testing.assert_allclose(getattr(mine, name), getattr(whole, name), rtol=1e-4)
     (seen,) = load_views(split / "views.npz")
-    alone = look(*loaded, TEXTS[0], methods=("snapkv",))
+    with watched() as cuts:
+        alone = look(*loaded, TEXTS[0], methods=("snapkv",))
+    cuts.check_clear()
     assert seen.maps.shape == alone.maps.shape
     assert np.abs(seen.maps.astype(int) - alone.maps).max() <= 1
     np.testing.assert_array_equal(seen.kept, alone.kept)
@@ -104,7 +138,9 @@ def test_the_command_line_on_two_ranks(run: Run, model: Path, split: Path, tmp_p
     assert len(mine["heads"]) == len(theirs["heads"]) == 12
     for one, other in zip(mine["heads"], theirs["heads"], strict=True):
         assert one["q_similarity"] == pytest.approx(other["q_similarity"], abs=1e-5)
-    code, _, _ = run(*commands(model, tmp_path)[0])
+    with watched() as cuts:
+        code, _, _ = run(*commands(model, tmp_path)[0])
+    cuts.check_clear()
     assert code == 0
     for folder in ("analysis", "results"):
         names = sorted(path.name for path in (tmp_path / folder).iterdir())

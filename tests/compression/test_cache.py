@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression import METHODS, CompressedCache, compress_context, compressed, record
 from tappa.compression.layer import CompressedLayer, by_segment
@@ -90,6 +91,7 @@ def both(model: PreTrainedModel, cache: CompressedCache, pieces: list[Tensor], *
         torch.testing.assert_close(actual, reference(piece, **o), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_for_all_changes_no_bit(kind: str, name: str) -> None:
@@ -225,10 +227,12 @@ def test_padded_rows_are_as_if_alone(name: str) -> None:
         position_ids = masks.sum(1, keepdim=True) - 1
     for row, prompt, pads in ((0, short, 14), (1, long, 0)):
         alone = cache_of(model, name)
-        for step, piece in enumerate([prompt, *(p[:1] for p in pieces[1:])]):
-            expected = run(model, piece, alone)
-            actual = logits[step][row : row + 1, -expected.shape[1] :]
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        with watched() as seen:
+            expected = [run(model, p[:1], alone) for p in (prompt, *pieces[1:])]
+        seen.check_clear()
+        for step, theirs in enumerate(expected):
+            actual = logits[step][row : row + 1, -theirs.shape[1] :]
+            torch.testing.assert_close(actual, theirs, atol=1e-5, rtol=1e-4)
         for layer in range(2):
             for head in range(3):
                 mine = [p - pads for p in cache.positions_held(layer, head, row)]
@@ -259,8 +263,9 @@ def test_a_padded_batch_generates_what_its_rows_do() -> None:
     with cache_of(model, "tappa"):
         batch = model.generate(ids, attention_mask=mask, **options)
         for row, start in ((0, 0), (1, 20)):
-            alone = model.generate(ids[row : row + 1, start:], **options)[0, 97 - start :]
-            assert batch[row, 97 : 97 + len(alone)].tolist() == alone.tolist()
+            with watched(model) as seen:
+                alone = model.generate(ids[row : row + 1, start:], **options)
+            seen.check_text(batch[row : row + 1, start : start + alone.shape[1]], alone, least=8)
 
 
 def test_beam_search_with_room_for_all_is_that_of_the_full_cache() -> None:
@@ -287,6 +292,7 @@ def test_rows_can_be_chosen_and_repeated() -> None:
     assert run(model, PROMPT[:, :4].view(4, 1), cache).shape[0] == 4
 
 
+@pytest.mark.same_kernel
 def test_crop_takes_back_the_last_tokens() -> None:
     """As speculative decoding does: the rejected tokens leave no trace in later logits."""
     model = tiny_model("llama")
@@ -318,12 +324,13 @@ def test_crop_is_refused_where_it_cannot_be_undone() -> None:
 def test_assisted_generation_gives_the_tokens_of_the_model_alone() -> None:
     model, assistant = tiny_model("llama"), tiny_model("llama", num_hidden_layers=1)
     options = {"max_new_tokens": 9, "do_sample": False}
-    expected = model.generate(PROMPT[:, :61], **options)
+    with watched(model) as seen:
+        expected = model.generate(PROMPT[:, :61], **options)
     cache = cache_of(model, "tappa", 200)
     actual = model.generate(
         PROMPT[:, :61], **with_cache(model, cache), assistant_model=assistant, **options
     )
-    assert torch.equal(actual, expected)
+    seen.check_text(actual, expected, least=7)
 
 
 @pytest.mark.parametrize("chunk", [None, 53])
@@ -340,12 +347,11 @@ def test_one_context_answers_many_questions(chunk: int | None) -> None:
         one_by_one = [run(model, token, cache) for token in question.split(1, 1)]
         torch.testing.assert_close(torch.cat(one_by_one, 1), answer, atol=1e-5, rtol=1e-4)
         assert cache.tokens_held(0, 0) == before + question.shape[1]  # nothing is dropped any more
-    whole = model.generate(
-        torch.cat([PROMPT, questions[0]], 1),
-        **with_cache(model, context.cache()),
-        max_new_tokens=3,
-        do_sample=False,
-    )
+    ids = torch.cat([PROMPT, questions[0]], 1)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with watched(model) as seen:
+        whole = model.generate(ids, **with_cache(model, context.cache()), **options)
+    assert seen.clear_steps(0) >= 1, "a near tie: choose another question"
     assert int(whole[0, 252]) == int(answers[0][0, -1].argmax())
 
 
@@ -446,7 +452,7 @@ def test_compiled_models_run_with_graph_breaks() -> None:
     quick: Any = torch.compile(model, backend="eager")
     for piece in PROMPT[:, :100].split([97, 1, 1, 1], 1):
         expected = run(model, piece, plain)
-        torch.testing.assert_close(run(quick, piece, cache), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(run(quick, piece, cache), expected, atol=1e-5, rtol=1e-4)
     assert cache.tokens_held() <= 23
 
 
@@ -494,13 +500,16 @@ def test_a_recording_gives_the_caches_that_reading_gives(name: str, kind: str) -
     made = recording.compress(name, budgets, **SMALL)
     for budget, cache in zip(budgets, made, strict=True):
         direct = cache_of(model, name, budget)
-        run(model, PROMPT, direct)
+        with watched() as seen:
+            run(model, PROMPT, direct)
+        seen.check_clear()
         for mine, theirs in zip(cache.compressed_layers, direct.compressed_layers, strict=True):
             assert mine.storage().lengths == theirs.storage().lengths
             expected = theirs.storage().figures["position"]
             assert torch.equal(mine.storage().figures["position"], expected)
         for token in PROMPT[:, :12].split(1, 1):
-            torch.testing.assert_close(run(model, token, cache), run(model, token, direct))
+            expected = run(model, token, direct)
+            torch.testing.assert_close(run(model, token, cache), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_copies_are_independent() -> None:
@@ -515,6 +524,7 @@ def test_copies_are_independent() -> None:
     assert (cache.tokens_seen, twin.tokens_seen) == (211, 223)
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("name", ["tappa", "snapkv"])
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, CompressedCache.copy])
 def test_every_way_to_copy_a_cache_is_the_same(name: str, copied: Callable[..., Any]) -> None:

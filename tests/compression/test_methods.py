@@ -348,3 +348,17 @@ def test_only_full_layers_have_preferences() -> None:
     assert fixed is not None
     mine = [1 - h["q_similarity"] for h in known.heads if h["layer"] == 2]
     assert fixed == [pytest.approx([sum(mine) / len(mine)] * 3)]
+
+
+def test_options_may_be_in_the_name() -> None:
+    inside = method_named("tappa(gamma=50.0, per_head=true)")
+    assert inside.name == "tappa"
+    assert inside.sharing == "heads"
+    assert method_named("streaming_llm(sinks=2)", window=7) == method_named(
+        "streaming_llm", sinks=2, window=7
+    )
+    with pytest.raises(
+        CompressionError, match="the option 'sinks' of streaming_llm is given twice"
+    ):
+        method_named("streaming_llm(sinks=2)", sinks=3)
+    assert method_named("snapkv+tappa(exponent=1.0)").name == "snapkv+tappa"

@@ -22,6 +22,7 @@ def ids(smollm2: LoadedModel) -> Tensor:
     return torch.tensor(encode_texts(smollm2.tokenizer, [packaged_text()], 509))
 
 
+@pytest.mark.same_kernel
 @torch.inference_mode()
 def test_a_budget_for_all_gives_the_same_logits(smollm2: LoadedModel, ids: Tensor) -> None:
     cache, full = tappa.compressed(smollm2.model, "tappa", 509), DynamicCache()

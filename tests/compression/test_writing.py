@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression import check_method, compressed, parse_budget, takes_over, write_on
 from tappa.errors import CompressionError, NonFiniteError, TextError
@@ -16,7 +17,9 @@ def test_what_is_written_is_what_generate_writes() -> None:
     """Of a full cache; and its pieces, as they are shown, make up the text."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     pieces: list[str] = []
-    written = write_on(compressed(model, "full"), tokenizer, PROMPT, 11, show=pieces.append)
+    with watched(model) as seen:
+        written = write_on(compressed(model, "full"), tokenizer, PROMPT, 11, show=pieces.append)
+    seen.check_clear()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     generate: Any = model.generate
     expected = generate(ids, max_new_tokens=11, do_sample=False)[0, ids.shape[1] :]
@@ -38,7 +41,9 @@ def test_fixed_steps_write_the_same(new: int) -> None:
     for graph in (None, True):
         shown: list[str] = []
         cache = compressed(model, "tappa", 23, every=4, **SMALL)
-        found.append(write_on(cache, tokenizer, PROMPT, new, show=shown.append, graph=graph))
+        with watched(model) as seen:
+            found.append(write_on(cache, tokenizer, PROMPT, new, show=shown.append, graph=graph))
+        seen.check_clear()
         pieces.append("".join(shown))
     for name in ("text", "prompt_tokens", "new_tokens", "tokens_seen", "tokens_held", "nbytes"):
         assert getattr(found[1], name) == getattr(found[0], name)

@@ -60,7 +60,7 @@ def test_eval_writes_tables_and_goes_on(model: Path, tmp_path: Path) -> None:
     assert [table["baseline"] for table in tables] == ["full", "full"]
     other = typed("eval", model, *options, "--seed", "1", "-o", out, folder=tmp_path)
     assert other.returncode == 2
-    assert "results of another grid: source is" in other.stderr
+    assert "results of another grid: seed is 0 there and 1 now" in other.stderr
 
 
 def test_a_run_that_was_refused_does_not_block_its_folder(model: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_run_that_was_refused_does_not_block_its_folder(model: Path, tmp_path:
     done = typed("eval", model, *options, "--lengths", "200", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "out" / "grid.json").read_text())
-    assert kept["identity"]["source"]["lengths"] == [200]
+    assert kept["asked"]["lengths"] == [200]
 
 
 def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:

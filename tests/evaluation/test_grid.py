@@ -279,18 +279,10 @@ def test_shards_fill_one_folder(lm: GridLM, tmp_path: Path) -> None:
         assert without_times(content) == without_times(two[name])
 
 
-def test_an_answer_to_something_else_is_refused(lm: GridLM, tmp_path: Path) -> None:
-    samples = text_samples(lm, 1)
-    run_grid(lm, samples, CELLS[:2], tmp_path)
-    with pytest.raises(EvaluationError, match="other methods or budgets"):
-        run_grid(lm, samples, CELLS[:3], tmp_path)
+def test_an_answer_to_another_prompt_is_refused(lm: GridLM, tmp_path: Path) -> None:
+    run_grid(lm, text_samples(lm, 1), CELLS[:2], tmp_path)
     with pytest.raises(EvaluationError, match="another prompt"):
         run_grid(lm, text_samples(lm, 1, context=140), CELLS[:2], tmp_path)
-    path = next(tmp_path.rglob("*.json"))
-    for damaged in ("", "[]", '{"schema": 99}'):
-        path.write_text(damaged)
-        with pytest.raises(EvaluationError, match=r"cannot read|expected results"):
-            run_grid(lm, samples, CELLS[:2], tmp_path)
 
 
 def test_the_first_interrupt_finishes_the_sample(lm: GridLM, tmp_path: Path) -> None:
@@ -316,39 +308,37 @@ def test_the_first_interrupt_finishes_the_sample(lm: GridLM, tmp_path: Path) -> 
         run_grid(lm, samples, CELLS[:2], tmp_path, progress=press_twice)
 
 
-def test_another_grid_in_the_folder_is_refused(smollm2: LoadedModel, tmp_path: Path) -> None:
+def test_the_folder_tells_how_answers_came_about(smollm2: LoadedModel, tmp_path: Path) -> None:
     wanted = Evaluation(("full", "snapkv"), (64,), ["fidelity"], Source(1, (300,)))
     evaluate(smollm2.model, smollm2.tokenizer, wanted, tmp_path)
     run = json.loads((tmp_path / "grid.json").read_text())["run"]
     assert run["versions"]["lm_eval"] == "0.4.13"
     assert run["dtype"] == "float32"
-    other = Evaluation(("full", "snapkv"), (48,), ["fidelity"], Source(1, (300,)))
-    with pytest.raises(EvaluationError, match=r"budgets is \[64\] there and \[48\] now"):
-        evaluate(smollm2.model, smollm2.tokenizer, other, tmp_path)
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 import tappa
-from tappa.evaluation import grid
+from tappa.evaluation import store
 from tappa.evaluation.evaluate import Evaluation, Source, evaluate
 model, tokenizer = tappa.load()
 wanted = Evaluation(("full", "snapkv"), (64,), ["fidelity"], Source(4, (300,)))
 if len(sys.argv) > 2:  # slow enough to be killed in the middle
-    write = grid.write_atomic
-    grid.write_atomic = lambda *a: (write(*a), print("written", flush=True), time.sleep(1))
+    write = store.write_atomic
+    store.write_atomic = lambda *a: (write(*a), print("written", flush=True), time.sleep(1))
 evaluate(model, tokenizer, wanted, Path(sys.argv[1]))
 """
 
 
 def test_a_killed_run_goes_on(smollm2: LoadedModel, tmp_path: Path) -> None:
     """SIGKILL after the second sample: the next run keeps both and ends as an undisturbed one."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums in the same order
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed"), "slow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        for _ in range(3):  # grid.json, and two samples
+        for _ in range(4):  # grid.json twice, and two samples
             assert process.stdout.readline() == "written\n"
         process.kill()
     kept = files_of(tmp_path / "killed" / "samples")

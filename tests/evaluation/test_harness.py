@@ -1,5 +1,7 @@
 """The model type `tappa` of lm-eval, on the packaged SmolLM2."""
 
+from typing import Any
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -8,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression.stepping import FixedSteps
 from tappa.errors import CompressionError, EvaluationError
@@ -58,7 +61,10 @@ def test_without_compression_it_is_hflm(
     smollm2: LoadedModel, plain: HFLM, method: str, budget: int
 ) -> None:
     lm = made(smollm2, method, budget)
-    assert answers(lm) == answers(plain)
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(plain)
+    seen.check_clear()
+    assert answers(lm) == expected
     for mine, theirs in zip(likelihoods(lm), likelihoods(plain), strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-3)
         assert mine[1] == theirs[1]
@@ -76,7 +82,10 @@ def test_compression_changes_answers(smollm2: LoadedModel, plain: HFLM, method: 
 
 @pytest.mark.parametrize("method", ["full", "streaming_llm", "snapkv", "tappa"])
 def test_a_padded_batch_gives_the_answers_of_one_by_one(smollm2: LoadedModel, method: str) -> None:
-    assert answers(made(smollm2, method, 48, batch=3)) == answers(made(smollm2, method, 48))
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(made(smollm2, method, 48))
+    seen.check_clear()
+    assert answers(made(smollm2, method, 48, batch=3)) == expected
 
 
 @pytest.mark.parametrize(("method", "batch"), [("tappa", 3), ("snapkv", 1)])
@@ -86,7 +95,9 @@ def test_fixed_steps_give_the_same_answers(
     """As on a GPU; a text goes on a little behind the words that end it, which lm-eval cuts off."""
     monkeypatch.setitem(OTHERS, "until", [" of", "\n"])
     lm = made(smollm2, method, 48, batch)
-    expected = answers(lm)
+    with watched(smollm2.model, cuts=False) as seen:
+        expected = answers(lm)
+    seen.check_clear()
     ran: list[int] = []
     run = FixedSteps.run
 
@@ -144,15 +155,44 @@ def test_a_context_of_one_token_and_a_batch_with_one(smollm2: LoadedModel, plain
     assert cache.tokens_seen == 0  # the first row has no token before its last
 
 
-def test_the_longest_context_is_cut_on_the_left(smollm2: LoadedModel) -> None:
-    lm = TappaLM(smollm2.model, "full", tokenizer=smollm2.tokenizer, max_length=64, batch_size=1)
+@pytest.mark.parametrize("size", [64, 3])
+def test_a_context_that_is_too_long_is_cut_for_each_choice(smollm2: LoadedModel, size: int) -> None:
+    """As HFLM cuts it: a longer choice of the same context sees less of it."""
     ids = smollm2.tokenizer(TEXTS[0]).input_ids
-    continuation = [5, 7, 11]
-    long, cut = (
-        lm._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)[0]
-        for context in (ids, ids[-62:])
+    choices = ([5], [5, 7, 11], [13, 17], list(range(20, 20 + min(size, 40))))
+    pairs = [(None, ids[:n], choice) for n in (150, 61, 64, 2) for choice in choices]
+    mine = TappaLM(
+        smollm2.model, "full", tokenizer=smollm2.tokenizer, max_length=size, batch_size=1
     )
-    assert long == cut
+    theirs = HFLM(
+        pretrained=smollm2.model, tokenizer=smollm2.tokenizer, max_length=size, batch_size=1
+    )
+    found, wanted = (lm._loglikelihood_tokens(pairs, disable_tqdm=True) for lm in (mine, theirs))
+    assert [x[0] for x in found] == pytest.approx([x[0] for x in wanted], abs=1e-3)
+    with pytest.raises(EvaluationError, match=f"at most {size} tokens.*, got {size + 1}"):
+        mine._loglikelihood_tokens([(None, ids[:9], [7] * (size + 1))], disable_tqdm=True)
+
+
+def test_prompts_and_texts_that_are_too_long_are_as_hflms(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = smollm2.model
+    mine = TappaLM(model, "full", tokenizer=smollm2.tokenizer, max_length=48, batch_size=1)
+    theirs = HFLM(pretrained=model, tokenizer=smollm2.tokenizer, max_length=48, batch_size=1)
+    asked = requests("loglikelihood_rolling", [(TEXTS[1],)])
+    rolling = [lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in (mine, theirs)]
+    assert rolling[0] == pytest.approx(rolling[1], abs=1e-2)
+    seen: list[torch.Tensor] = []
+
+    def noted(context: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        seen.append(context)
+        return context
+
+    for lm in (mine, theirs):
+        monkeypatch.setattr(lm, "_model_generate", noted)
+        lm.generate_until(requests("generate_until", [(PROMPTS[0], OTHERS)]), disable_tqdm=True)
+    assert torch.equal(*seen)
+    assert seen[0].shape == (1, 48 - 11)
 
 
 def test_options_of_the_method_and_of_hflm(smollm2: LoadedModel) -> None:
@@ -204,6 +244,7 @@ def test_bad_arguments(
         TappaLM(smollm2.model, **({"tokenizer": smollm2.tokenizer} | arguments))
 
 
+@pytest.mark.same_kernel
 def test_the_model_is_left_as_it_was(smollm2: LoadedModel) -> None:
     ids = smollm2.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     with torch.inference_mode():

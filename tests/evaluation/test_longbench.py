@@ -211,3 +211,19 @@ def test_an_empty_file(smollm2: LoadedModel, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", lcc=[])
     with pytest.raises(EvaluationError, match=r"empty file: .*lcc.jsonl"):
         write_longbench(tmp_path, data, smollm2.tokenizer, tasks=["lcc"], context=CONTEXT)
+
+
+def test_only_what_is_asked_for_is_read(smollm2: LoadedModel, tmp_path: Path) -> None:
+    """What follows may be anything: it is not looked at."""
+    data = write_data(tmp_path / "data", qasper=[record("qasper", f"Text {n}.") for n in range(3)])
+    whole = (data / "qasper.jsonl").read_bytes()
+    for rest in (b"{not JSON\n", b"\xff\xfe\n", b'{"context": 1}\n'):
+        (data / "qasper.jsonl").write_bytes(whole + rest)
+        options: Any = {"tasks": ["qasper"], "context": CONTEXT}
+        write_longbench(tmp_path, data, smollm2.tokenizer, limit=3, **options)
+        lines = (tmp_path / "longbench_qasper.jsonl").read_text().splitlines()
+        assert [f"Text {n}." in line for n, line in enumerate(lines)] == [True] * 3
+        with pytest.raises(EvaluationError, match=r"qasper\.jsonl"):
+            write_longbench(tmp_path, data, smollm2.tokenizer, limit=4, **options)
+    few = write_longbench(tmp_path, data, smollm2.tokenizer, limit=1, **options)
+    assert len(list(load(tmp_path, few)["longbench_qasper"].test_docs())) == 1

@@ -233,3 +233,15 @@ def test_a_length_that_holds_no_document(
     monkeypatch.setattr(type(smollm2.tokenizer), "__call__", lambda _, text, **__: Letters(text))
     with pytest.raises(EvaluationError, match=f"600 tokens are too few for ruler_{name}"):
         write_ruler(tmp_path, smollm2.tokenizer, tasks=[name], lengths=[600], per_task=1)
+
+
+@pytest.mark.parametrize("name", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe"])
+def test_more_documents_change_no_earlier_ones(
+    folder: Path, smollm2: LoadedModel, tmp_path: Path, name: str
+) -> None:
+    """Also where some of the later ones are too long at first."""
+    write_ruler(tmp_path, smollm2.tokenizer, tasks=[name], lengths=[LENGTH], per_task=3 * COUNT)
+    more = read(tmp_path)[named(name)]
+    assert len(more) == 3 * COUNT
+    assert more[:COUNT] == read(folder)[named(name)]
+    assert all(document["length"] <= LENGTH for document in more)

@@ -1,6 +1,8 @@
 """Where a kernel cannot serve, figures come out as without it, and a failure is told once."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +50,25 @@ def test_a_failure_warns_once_and_the_blocks_take_over(
     for profile in (first, second):
         assert torch.equal(profile.column_mass, expected.column_mass)
         assert torch.equal(profile.vertical, expected.vertical)
+
+
+def test_a_kernel_starts_on_the_device_of_its_tensors(
+    on_kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not on the current one, whose stream knows nothing of what is written there."""
+    x, current = torch.zeros(1), [torch.device("cpu", 0)]
+
+    @contextmanager
+    def made_current(tensor: torch.Tensor) -> Iterator[None]:
+        assert tensor is x
+        current.append(torch.device("cuda", 1))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", made_current)
+    found = launching.choose("test", x, lambda: current[-1], lambda: None)
+    assert found == torch.device("cuda", 1)
+    assert len(current) == 1
 
 
 def test_no_memory_is_no_reason_to_go_on(

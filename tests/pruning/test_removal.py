@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 import tappa
+from near_ties import watched
 from tappa.errors import PruningError
 from tappa.pruning import (
     Amounts,
@@ -47,7 +48,7 @@ WIDE = {"hidden_size": 60}  # 4 heads of 10, after one of 3 groups is gone, divi
 PLAIN = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-torch.set_num_threads(1)  # as here: sums in the same order
+torch.set_num_threads(int(sys.argv[4]))  # as here: sums in the same order
 folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 AutoTokenizer.from_pretrained(folder)
@@ -79,8 +80,9 @@ class Skipped(nn.Module):
 def plainly(folder: Path, tmp_path: Path) -> dict[str, Tensor]:
     """Logits and text from a fresh process in isolated mode, where tappa is not imported."""
     out, ids = tmp_path / "out.pt", json.dumps(IDS.tolist())
+    threads = str(torch.get_num_threads())
     subprocess.run(
-        [sys.executable, "-I", "-c", PLAIN, str(folder), ids, str(out)],
+        [sys.executable, "-I", "-c", PLAIN, str(folder), ids, str(out), threads],
         check=True,
         cwd=tmp_path,
         capture_output=True,
@@ -110,10 +112,12 @@ def test_a_removed_layer_is_a_skipped_one(kind: str) -> None:
 def test_a_pruned_model_writes_with_a_cache_what_it_writes_without(kind: str) -> None:
     model: Any = remove_layers(tiny_model(kind, **DEEP[kind]), [0, 2])
     options: dict[str, Any] = {"max_new_tokens": 11, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(IDS, **options)
-    assert cached.tolist() == model.generate(IDS, use_cache=False, **options).tolist()
+    with watched(model) as seen:
+        cached = model.generate(IDS, **options)
+    seen.check_text(model.generate(IDS, use_cache=False, **options), cached, least=1)
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_transformers_loads_it(kind: str, tmp_path: Path) -> None:
     model: Any = remove_layers(tiny_model(kind, **DEEP[kind]), [1, 2])

@@ -23,7 +23,7 @@ TEXT = "It is a truth universally acknowledged, that a single man in possession 
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("playwright") is None,
-    reason="needs chromium (apt install chromium) and playwright",
+    reason="needs chromium (Debian: apt-get install chromium) and playwright (the extra dev)",
 )
 
 

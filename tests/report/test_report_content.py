@@ -76,9 +76,11 @@ def test_pictures_are_those_of_the_whole_matrix(window: int | None) -> None:
     expected = LEVELS * torch.log1p(STRETCH * share) / np.log1p(STRETCH)
     assert float((maps.float() - expected).abs().max()) <= 0.51
     top = full.topk(TOP, -1)
-    assert torch.equal(weights.float(), (top.values * 100).round())
+    assert float((weights.float() - top.values * 100).abs().max()) <= 0.501
     many = top.values[..., -1] > 0
-    assert torch.equal(best[many], top.indices.int()[many])
+    chosen = full.gather(-1, best.clamp_min(0).long())[many]  # of near ties either comes first
+    torch.testing.assert_close(chosen, top.values[many], atol=1e-6, rtol=1e-4)
+    assert (best[many].sort(-1).values.diff() > 0).all()
 
 
 def seen_layer(tokens: int) -> LayerView:

@@ -18,6 +18,7 @@ from tappa.texts import packaged_text
 from tappa.verification.periods import spacing
 from tappa.verification.relocation import choose_heads, relocate, view_of
 from tappa.verification.swapping import base_changed, channels_swapped, must_swap_all
+from tappa.verification.verify import Verification, verify
 from tiny import tiny_model as make_tiny
 from tiny import tiny_tokenizer
 
@@ -186,3 +187,17 @@ def test_heads_are_chosen_by_how_much_one_channel_rules() -> None:
     assert chosen[0] == (best["layer"], best["head"])
     groups = {(layer, head // 2) for layer, head in chosen}
     assert len(groups) == len(chosen) == 4
+
+
+def test_claims_that_a_model_does_not_let_us_test_are_notes() -> None:
+    """Queries, keys and values are one matrix; channels are fewer than the usual targets."""
+    rope = {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.25}
+    model = tiny_model("gpt_neox", rope_parameters=rope)  # channel 2: one turn in 29 tokens
+    wanted = Verification(claims=["bounds", "relocation"], tokens=160, count=2)
+    found = verify(model, tiny_tokenizer(), wanted, texts={"prose": packaged_text()})
+    assert found.bounds
+    assert not found.relocations
+    assert [note for note in found.notes if note.startswith("relocation is untestable: expected q")]
+    named = Verification(claims=["relocation"], tokens=160, targets=(2, 8))
+    with pytest.raises(VerificationError, match="expected"):
+        verify(model, tiny_tokenizer(), named, texts={"prose": packaged_text()})

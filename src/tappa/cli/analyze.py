@@ -28,7 +28,7 @@ from tappa.cli.common import (
 )
 from tappa.display import show
 from tappa.errors import MissingExtraError
-from tappa.files import check_writable_folder, ensure_folder, write_atomic
+from tappa.files import check_writable_folder, made_folder, write_atomic
 from tappa.report.looking import TEXTS
 from tappa.report.page import write_report
 from tappa.report.views import FILE, Views, save_views
@@ -114,9 +114,9 @@ def _save(analysis: Analysis, out: Path) -> list[Path]:
     """The files with the figures."""
     if not is_first():
         return []
-    ensure_folder(out)
     table = analysis.to_frame().to_csv(index=False)
-    return [analysis.save(out / "analysis.json"), write_atomic(out / "heads.csv", table)]
+    with made_folder(out):
+        return [analysis.save(out / "analysis.json"), write_atomic(out / "heads.csv", table)]
 
 
 def _draw(views: Sequence[Views], out: Path) -> list[Path]:

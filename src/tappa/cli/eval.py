@@ -20,6 +20,7 @@ from tappa.cli.common import (
     extra,
     messages,
     parts,
+    say,
 )
 from tappa.compression import parse_budget, split_methods
 from tappa.errors import EvaluationError
@@ -62,14 +63,16 @@ def evaluate_methods(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for answers and tables; resumed if there.")
+        Path, typer.Option("--out", "-o", help="Folder for answers and tables; may have some.")
     ] = Path("results"),
     shard: Annotated[
         str, typer.Option(help="k/n: every n-th batch; n processes may share a folder.")
     ] = "0/1",
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples answered together. Default: 4 on a GPU, otherwise 1."),
+        typer.Option(
+            min=1, help="Samples answered together, if they fit. Default: 4 on a GPU, or 1."
+        ),
     ] = None,
     workers: WorkersOption = 1,
     ray_address: RayAddressOption = None,
@@ -82,12 +85,14 @@ def evaluate_methods(
 ) -> None:
     """Compare compression methods: methods x budgets x tasks, with intervals and tests.
 
-    Every prompt is read once for all methods and budgets. Needs the extra tappa[eval].
+    Every prompt is read once for all methods and budgets. A folder that has answers keeps them
+    and gets those that are missing. Needs the extra tappa[eval].
 
     Examples:
 
     \b
       tappa eval --limit 10 --lengths 2048
+      tappa eval --limit 50 --lengths 2048 --budgets 64,128,256,512,1024
       tappa eval model.gguf --tasks ruler,local --budgets 128,512 -o results
       tappa eval model.gguf --methods "full,cake,tappa,tappa(gamma=0)" --data essays
       tappa eval ./my-model --tasks longbench --data LongBench/data --chat
@@ -124,6 +129,7 @@ def evaluate_methods(
             shard=part,
             batch=batch,
             follow=follow,
+            say=lambda text: say(errors, text),
         )
     print(results.markdown)
     print(kit.describe_outcome(results.outcome))

@@ -30,7 +30,8 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     method: Annotated[
-        str, typer.Option(help="A name of 'tappa methods', or two as a+b.")
+        str,
+        typer.Option(help="A name of 'tappa methods', or two as a+b; options as cake(gamma=50)."),
     ] = "tappa",
     budget: Annotated[
         str, typer.Option(help="Tokens per layer and head, or a share of the prompt such as 0.1.")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tappa.files import check_writable_folder, ensure_folder, write_atomic
+from tappa.files import check_writable_folder, made_folder, write_atomic
 from tappa.report.content import content_of
 from tappa.report.page import render
 from tappa.report.prints import figures
@@ -72,8 +72,8 @@ def draw_figures(
     """
     content = content_of([analysis], results)
     pictures = figures(content, kind)
-    ensure_folder(out)
-    for name, picture in pictures.items():
-        typer.echo(f"wrote {write_atomic(out / name, picture)}")
+    with made_folder(out):
+        for name, picture in pictures.items():
+            typer.echo(f"wrote {write_atomic(out / name, picture)}")
     for note in content["notes"]:
         typer.echo(f"note: {note}", err=True)

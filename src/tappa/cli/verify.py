@@ -17,7 +17,7 @@ from tappa.cli.common import (
     parts,
     progress,
 )
-from tappa.files import check_writable_folder, ensure_folder, write_atomic
+from tappa.files import check_writable_folder, made_folder, write_atomic
 from tappa.texts import read_text
 
 
@@ -94,7 +94,7 @@ def verify(
 
 
 def _save(found: Any, pictures: dict[str, bytes], out: Path) -> None:
-    ensure_folder(out)
-    write_atomic(out / "verification.json", found.to_json())
-    for name, picture in pictures.items():
-        write_atomic(out / name, picture)
+    with made_folder(out):
+        write_atomic(out / "verification.json", found.to_json())
+        for name, picture in pictures.items():
+            write_atomic(out / name, picture)

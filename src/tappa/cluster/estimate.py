@@ -106,12 +106,14 @@ def _reading(tokens: int, model: str | None) -> str:
 
 def _time(folder: Path, samples: int, placement: Placement) -> str:
     """What is left takes, if it takes as long as what is there."""
-    from tappa.evaluation.grid import read_json
+    from tappa.evaluation.store import read_record
 
-    records = [read_json(path) for path in sorted((folder / "samples").glob("*/*.json"))]
+    found = [read_record(path) for path in sorted((folder / "samples").glob("*/*.json"))]
+    records = [record for record in found if record is not None]
     if not records:
         return f"time: unknown until samples are finished in {folder}"
-    each = sum(r["prefill_seconds"] + r["cells_seconds"] for r in records) / len(records)
+    seconds = sum(r["prefill_seconds"] + r["cells_seconds"] for r in records)
+    each = seconds / len(records)
     left = max(samples - len(records), 0) * each / placement.workers
     return (
         f"time: {each:.2f} s for each of the {len(records)} samples in {folder}; at most "

@@ -23,27 +23,21 @@ from tappa.evaluation.evaluate import (
     identity_of,
     prepare,
 )
-from tappa.evaluation.grid import (
-    Outcome,
-    answer_batch,
-    batches_of,
-    check_sample,
-    describe_run,
-    sample_file,
-    start_run,
-    write_sample,
-)
+from tappa.evaluation.grid import Outcome, alike, answer_batch, batches_of, describe_run, nobody
+from tappa.evaluation.memory import Room
 from tappa.evaluation.samples import Sample
-from tappa.evaluation.shared_prefill import GridLM
-
-
-@dataclass(frozen=True)
-class SampleName:
-    """A sample that is made elsewhere."""
-
-    task: str
-    number: int
-    digest: str
+from tappa.evaluation.shared_prefill import Cell, GridLM
+from tappa.evaluation.store import (
+    Record,
+    SampleName,
+    Say,
+    check_prompts,
+    missing_cells,
+    note_asked,
+    start_run,
+    write_record,
+)
+from tappa.files import made_folder
 
 
 @dataclass(frozen=True)
@@ -58,20 +52,21 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _Batch:
-    """One piece of work."""
+    """One piece of work: samples that lack the same cells."""
 
     grid: _Grid
     samples: list[SampleName]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """What came of it: what is written of each sample, and what reading the prompts took."""
+    """What came of it: what is written of each sample, what reading took, what is to be said."""
 
-    samples: list[SampleName]
-    records: list[dict[str, Any]]
+    records: list[Record]
     prefills: int
     prefill_seconds: float
+    said: list[str]
 
 
 def evaluate_grid(
@@ -83,6 +78,7 @@ def evaluate_grid(
     shard: tuple[int, int] = (0, 1),
     batch: int | None = None,
     follow: Follow = ignore,
+    say: Say = nobody,
 ) -> Results:
     """`evaluate` by a pool: the same files in the folder, where kernels give the same numbers.
 
@@ -96,28 +92,41 @@ def evaluate_grid(
             shard=shard,
             batch=batch,
             progress=lambda done, total: follow(done, total, 0, 0),
+            say=say,
         )
-    cells = evaluation.cells()
     grid = _Grid(pool.source, evaluation, folder.absolute(), batch)
+    with made_folder(folder):
+        return _evaluate_elsewhere(pool, grid, folder, name, shard, follow, say)
+
+
+def _evaluate_elsewhere(
+    pool: Pool,
+    grid: _Grid,
+    folder: Path,
+    name: str,
+    shard: tuple[int, int],
+    follow: Follow,
+    say: Say,
+) -> Results:
+    cells, asked = grid.evaluation.cells(), grid.evaluation.asked()
     identity, run = call(pool, _describe, (grid, name))
-    start_run(folder, identity, run | {"workers": pool.workers})
-    batches: list[list[SampleName]] = call(pool, _prepare, grid)[shard[0] :: shard[1]]
-    outcome = Outcome(cells=len(cells))
-    jobs = {}
-    for samples in batches:
-        missing = [s for s in samples if not sample_file(folder, s).exists()]
-        for sample in samples:
-            if sample not in missing:
-                check_sample(sample_file(folder, sample), sample, cells)
-        outcome.found += len(samples) - len(missing)
-        if missing:
-            jobs[_name_of(missing)] = _Batch(grid, missing)
-    failed = _answer_all(pool, jobs, folder, outcome, follow)
-    total = sum(map(len, batches))
+    run |= {"workers": pool.workers}
+    start_run(folder, identity, asked, run)
+    batches: list[list[SampleName]] = call(pool, _prepare, grid)
+    names = [one for part in batches for one in part]
+    check_prompts(folder, names, asked)
+    note_asked(folder, asked, run)
+    missing = missing_cells(folder, names, cells, say)
+    mine = batches[shard[0] :: shard[1]]
+    work = [group for part in mine for group in alike([(one, missing[one]) for one in part])]
+    jobs = {_name_of(some): _Batch(grid, some, of_cells) for some, of_cells in work}
+    wanted, total = sum(len(job.samples) for job in jobs.values()), sum(map(len, mine))
+    outcome = Outcome(cells=len(cells), found=total - wanted)
+    failed = _answer_all(pool, jobs, folder, outcome, follow, say)
     lost = sum(len(jobs[one.name].samples) for one in failed)
     outcome.left = total - outcome.found - outcome.answered - lost
     if outcome.found + outcome.answered:
-        results = finish(folder, evaluation, outcome)
+        results = finish(folder, grid.evaluation, outcome, names)
     check_failed(failed)
     if not outcome.found + outcome.answered:
         raise KeyboardInterrupt
@@ -125,7 +134,12 @@ def evaluate_grid(
 
 
 def _answer_all(
-    pool: Pool, jobs: dict[str, _Batch], folder: Path, outcome: Outcome, follow: Follow
+    pool: Pool,
+    jobs: dict[str, _Batch],
+    folder: Path,
+    outcome: Outcome,
+    follow: Follow,
+    say: Say,
 ) -> list[Failed]:
     failed: list[Failed] = []
     total = outcome.found + sum(len(job.samples) for job in jobs.values())
@@ -134,10 +148,13 @@ def _answer_all(
         if isinstance(done, Failed):
             failed.append(done)
         else:
-            answers: _Answers = done.result
-            for sample, record in zip(answers.samples, answers.records, strict=True):
-                write_sample(folder, sample, record)
-            outcome.answered += len(answers.samples)
+            answers, job = done.result, jobs[done.name]
+            for sample, record in zip(job.samples, answers.records, strict=True):
+                write_record(folder, sample, record)
+            for line in answers.said:
+                say(line)
+            outcome.answered += len(job.samples)
+            outcome.added += len(job.samples) if len(job.cells) < outcome.cells else 0
             outcome.prefills += answers.prefills
             outcome.prefill_seconds += answers.prefill_seconds
         follow(outcome.found + outcome.answered, total, len(failed), len(pool.retried))
@@ -159,7 +176,7 @@ def _describe(worker: Worker, payload: tuple[_Grid, str]) -> tuple[dict[str, Any
 def _prepare(worker: Worker, grid: _Grid) -> list[list[SampleName]]:
     samples = list(_samples(worker, grid).values())
     batches = batches_of(samples, grid.batch or default_batch(_model(worker, grid)))
-    return [[SampleName(s.task, s.number, s.digest) for s in part] for part in batches]
+    return [[SampleName.of(sample) for sample in part] for part in batches]
 
 
 def _answer(worker: Worker, job: _Batch) -> _Answers:
@@ -172,10 +189,11 @@ def _answer(worker: Worker, job: _Batch) -> _Answers:
                 "all see the same data and the same Python?"
             )
         wanted.append(samples[name])
-    lm.cells = job.grid.evaluation.cells()
-    prefills, seconds = lm.prefills, lm.prefill_seconds
-    records = answer_batch(lm, wanted, lm.cells)
-    return _Answers(job.samples, records, lm.prefills - prefills, lm.prefill_seconds - seconds)
+    prefills, seconds, said = lm.prefills, lm.prefill_seconds, list[str]()
+    room: Room = worker.kept["room"]
+    room.say = said.append
+    records = answer_batch(lm, wanted, job.cells, room)
+    return _Answers(records, lm.prefills - prefills, lm.prefill_seconds - seconds, said)
 
 
 def _model(worker: Worker, grid: _Grid) -> GridLM:
@@ -195,7 +213,8 @@ def _samples(worker: Worker, grid: _Grid) -> dict[SampleName, Sample]:
             worker.kept["scratch"] = TemporaryDirectory(prefix="tappa-")
             folder = Path(worker.kept["scratch"].name)
         made = prepare(lm, grid.evaluation, folder)
-        worker.kept["samples"] = {SampleName(s.task, s.number, s.digest): s for s in made}
+        worker.kept["room"] = Room()
+        worker.kept["samples"] = {SampleName.of(sample): sample for sample in made}
         worker.kept["grid"] = grid
     found: dict[SampleName, Sample] = worker.kept["samples"]
     return found

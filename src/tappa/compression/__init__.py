@@ -16,6 +16,7 @@ from tappa.compression.methods import (
     Method,
     describe_methods,
     parse_method,
+    spelled_out,
     split_methods,
 )
 from tappa.compression.stacking import stack_caches
@@ -36,6 +37,7 @@ __all__ = [
     "parse_budget",
     "parse_method",
     "record",
+    "spelled_out",
     "split_methods",
     "stack_caches",
     "takes_over",

@@ -35,12 +35,11 @@ class Evidence:
     variance: Float[Tensor, " kv_heads"] | None = None  # over the window, summed over keys
     predictability: Float[Tensor, " kv_heads"] | None = None  # least of the query heads
 
-    def over(self, gather: Callable[[Tensor], Tensor]) -> "Evidence":
+    def over(self, gather: Callable[[Tensor], Tensor], ranks: int) -> "Evidence":
         """Of all KV heads, where `gather` brings those of other ranks of a split model."""
         names = ("similarity", "entropy", "variance", "predictability")
         known: dict[str, Any] = {n: gather(x) for n in names if (x := getattr(self, n)) is not None}
-        blank = gather(torch.zeros(self.kv_heads))
-        return replace(self, kv_heads=len(blank), **known)
+        return replace(self, kv_heads=self.kv_heads * ranks, **known)
 
     def of(self, name: str) -> Float[Tensor, " kv_heads"]:
         """A figure that the rule has asked for."""

@@ -34,13 +34,13 @@ from tappa.compression.fit import (
 from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
+from tappa.compression.newest import NewestTokens
 from tappa.compression.observation import Observation
 from tappa.compression.scorers import received_by
 from tappa.compression.serving import served_by, start_serving, stop_serving
 from tappa.errors import CompressionError
 from tappa.fetching import Fetched
 from tappa.interface import AttentionSwitch, attention_of
-from tappa.kernels.unit_queries import Table
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
@@ -116,8 +116,8 @@ class CompressedCache(DynamicCache):
         self._asked = False  # whether it is empty, since the model ran last
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
-        self._positions: Tensor = torch.empty(0)  # of the new tokens, for all layers
-        self._tables: dict[int, Table] = {}  # of these positions, by RoPE
+        self._newest = NewestTokens()
+        self._counted: dict[int, tuple[list[int], int, int]] = {}  # edits, seen and held of a row
         self._unbalanced = False  # the layer read last is still whole
         self._failed = self._running = False
         before, after = LateHook(self._before), LateHook(self._after)
@@ -270,7 +270,7 @@ class CompressedCache(DynamicCache):
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
-        self._positions = arange[0]
+        self._newest = NewestTokens(arange[0])
         if self.evicting and seen and new < self._prompt_like:
             self.make_room(new)
         self.switch.on()
@@ -306,8 +306,7 @@ class CompressedCache(DynamicCache):
         unread = [n for n in self._flow.unread() if isinstance(self.layers[n], CompressedLayer)]
         self._flow.forget()
         self._settle()
-        self._hooks, self._position_ids, self._positions = [], torch.empty(0), torch.empty(0)
-        self._tables.clear()
+        self._hooks, self._position_ids, self._newest = [], torch.empty(0), NewestTokens()
         self._probe.forget()
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         self.__dict__.pop("shared_layers", None)  # where Gemma 3n leaves keys for later layers
@@ -381,7 +380,7 @@ class CompressedCache(DynamicCache):
     ) -> tuple[Tensor, Tensor | None]:
         """In place of the model's attention kernel: call it on the tokens held, then compress."""
         if self._probe.probing:
-            return self._probe.answer(query, value)
+            return self._probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
         layer, first = self._layer_of(module, key, value)
         if layer is None:
@@ -482,7 +481,7 @@ class CompressedCache(DynamicCache):
             self._known_rotary = rotary
             if self.evicting:
                 self.observe(mine, query, cascade=False)
-        self._known_rotary = None
+        self._known_rotary, self._newest = None, NewestTokens()
         self.peak_nbytes = full.nbytes
 
     def balance(self) -> None:
@@ -502,9 +501,9 @@ class CompressedCache(DynamicCache):
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         if valid is not None:
             layer.drop_padding(valid)
-        if len(self._positions) != new:  # outside of a forward pass
-            self._positions = torch.arange(start, start + new)
-        everywhere = self._positions = self._positions.to(query.device)
+        if len(self._newest) != new:  # outside of a forward pass
+            self._newest = NewestTokens(torch.arange(start, start + new, device=query.device))
+        everywhere = self._newest.positions(query.device)
         for row, queries in enumerate(query):
             positions, tokens = everywhere, slice(0, new)
             if valid is not None and not bool(valid[row].all()):
@@ -530,16 +529,16 @@ class CompressedCache(DynamicCache):
         method, rule, held = self.method, self.method.rule, layer.storage()
         assert rule is not None
         if len(layer.observations) <= row:
-            first = layer.seen - len(self._positions) + tokens.start
+            first = layer.seen - len(self._newest) + tokens.start
             layer.observations.append(Observation.empty(queries, first))
         seen = layer.observations[row]
-        end = layer.seen - len(self._positions) + tokens.stop
+        end = layer.seen - len(self._newest) + tokens.stop
         seen.see(queries, positions, method.window, end)
         if prompt:
             table = None
             if self._wants_rotary:
                 seen.rotary = self._channels(layer, row, tokens)
-                table = self._table(seen.rotary, positions)
+                table = self._newest.table(seen.rotary, positions)
             seen.learn(queries, positions, method.scorer, rule, table)
         if "received" in method.scorer.needs:
             if "received" not in held.figures:
@@ -560,15 +559,8 @@ class CompressedCache(DynamicCache):
     def _ask_rotary(self, layer: CompressedLayer, new: int) -> None:
         """Have RoPE ready before attention: at first, the CPU waits for what a GPU has to do."""
         if self._wants_rotary:
-            self._table(self._channels(layer, 0, slice(0, new)), self._positions)
-
-    def _table(self, rotary: RotaryChannels, positions: Int[Tensor, " new"]) -> Table:
-        """Cosine and sine of these positions; those of all new tokens are made once for all."""
-        if positions is not self._positions:
-            return rotary.table(positions)
-        if id(rotary) not in self._tables:
-            self._tables[id(rotary)] = rotary.table(positions)
-        return self._tables[id(rotary)]
+            rotary = self._channels(layer, 0, slice(0, new))
+            self._newest.table(rotary, self._newest.positions(rotary.theta.device))
 
     def _compress(self, layer: CompressedLayer) -> None:
         """Rank the tokens of a layer and set its preference."""
@@ -587,7 +579,7 @@ class CompressedCache(DynamicCache):
                 fits = expansion is not None and len(fixed) == kv_heads
                 preferences.append(expansion.mean_of(fixed) if expansion and fits else fixed)
             else:
-                evidence = seen.evidence(blank, rule, tokens).over(gather)
+                evidence = seen.evidence(blank, rule, tokens).over(gather, self.shards.ranks)
                 weights = rule.weigh(evidence)
                 preferences.append(Fetched(expansion.mean(weights) if expansion else weights))
         layer.preferences = preferences
@@ -624,10 +616,8 @@ class CompressedCache(DynamicCache):
         layers = self.compressed_layers
         heads = sum(self._kv_heads())
         for row in range(layers[0].storage().rows):
-            counts = self._lengths(layers, row)
-            held = sum(sum(count) for count in counts)
             total = self.total(row)
-            if held + new * heads > total:
+            if self._count(row) + new * heads > total:
                 room = total - max(new, self.every) * heads
                 self._balance(row, max(room, self.method.least * heads))
         for layer in self.compressed_layers:
@@ -663,6 +653,20 @@ class CompressedCache(DynamicCache):
         flat = [_flat(part) for part in (preferences, leasts, held)]
         tokens = iter(allocate(rule, flat[0], total, flat[1], flat[2]).tolist())
         return [[next(tokens) for _ in each] for each in held]
+
+    def _count(self, row: int) -> int:
+        """Tokens that all KV heads of all layers hold of a row.
+
+        Ranks of a split model ask each other only after one has been dropped: new ones are known.
+        """
+        layers, seen = self.compressed_layers, self.tokens_seen
+        edits = [layer.edits for layer in layers]
+        if row not in self._counted or self._counted[row][0] != edits:
+            held = sum(map(sum, self._lengths(layers, row)))
+            self._counted[row] = edits, seen, held
+        _, before, held = self._counted[row]
+        heads = sum(layer.storage().kv_heads for layer in layers) * self.shards.ranks
+        return held + (seen - before) * heads
 
     def _lengths(self, layers: list[CompressedLayer], row: int) -> list[list[int]]:
         """Tokens that each KV head of these layers holds, on other ranks of a split model too."""

@@ -13,9 +13,12 @@ from tappa.cache_argument import with_cache
 from tappa.compression.fixed import RUNNING, FixedKV, attend
 from tappa.interface import AttentionSwitch
 from tappa.kernels.gemv import FewVectors
+from tappa.tensor_parallel import HeadShards
 
 # tokens and their position ids -> logits of the next one
 Read = Callable[[Int[Tensor, "rows 1"], Int[Tensor, "rows 1"]], Float[Tensor, "rows vocabulary"]]
+
+ALONE = HeadShards()  # of a model that is not split
 
 
 class FixedReader:
@@ -66,8 +69,9 @@ class Decoder:
         temperature: float = 0.0,
         ends: Sequence[int] = (),
         pad: int = 0,
+        shards: HeadShards = ALONE,
     ) -> None:
-        self.temperature, self.pad = temperature, pad
+        self.temperature, self.pad, self.shards = temperature, pad, shards
         self.tokens, self.position_ids = last[:, None].clone(), position_ids[:, None].clone()
         self.ends = torch.tensor(list(ends), dtype=torch.int64, device=last.device)
         self.finished = torch.isin(last, self.ends)
@@ -77,7 +81,8 @@ class Decoder:
 
     def step(self, read: Read) -> None:
         """Read the last token, choose the next one."""
-        chosen = choose_tokens(read(self.tokens, self.position_ids), self.temperature)
+        logits = read(self.tokens, self.position_ids)
+        chosen = choose_tokens(logits, self.temperature, self.shards)
         chosen = chosen.masked_fill(self.finished, self.pad)
         self.finished |= (chosen[:, None] == self.ends).any(1)
         self.written.index_copy_(1, self.count, chosen[:, None])
@@ -120,7 +125,12 @@ class Decoder:
     def _recorded(
         self, read: FixedReader, changed: list[Tensor], before: list[Tensor]
     ) -> torch.cuda.CUDAGraph:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        """On a stream of the GPU where the tokens lie, which need not be the current one.
+
+        Other threads may go on meanwhile: that which watches over NCCL asks the GPU all the time.
+        """
+        device = self.tokens.device
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled, libraries find their feet
@@ -129,16 +139,20 @@ class Decoder:
                     x.copy_(old)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
             self.step(read)
         return graph
 
 
 def choose_tokens(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, shards: HeadShards = ALONE
 ) -> Int[Tensor, " rows"]:
-    """The most probable token of every row, or one drawn from `softmax(logits / temperature)`."""
+    """The most probable token of every row, or one drawn from `softmax(logits / temperature)`.
+
+    Ranks of a split model draw each by itself: all take what the first has drawn.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     weights = torch.softmax(logits.float() / temperature, -1)
-    return (weights / torch.empty_like(weights).exponential_()).argmax(-1)
+    return shards.of_first((weights / torch.empty_like(weights).exponential_()).argmax(-1))

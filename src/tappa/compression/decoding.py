@@ -13,18 +13,12 @@ from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
 from tappa.compression.fit import crosses_border
+from tappa.compression.greedy import kept
 from tappa.compression.options import check_ids
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
-from tappa.tensor_parallel import HeadShards
 
 Ids = Int[Tensor, "rows tokens"]
-# of a generation config: what does not change which token is the most probable one
-OF_ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
-OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "top_h"}
-OF_OUTPUT = {"_from_model_config", "transformers_version", "use_cache", "output_attentions"}
-HARMLESS = OF_ENDS | OF_SAMPLING | OF_OUTPUT | {"output_hidden_states", "cache_implementation"}
-NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "num_beams": 1, "num_return_sequences": 1}
 
 
 def generate(
@@ -69,7 +63,7 @@ def generate(
             show(known[0])
         last, after = (ids[:, -1], mask.sum(1) - 1) if first is None else (first, mask.sum(1))
         new = max_new_tokens - len(known)
-        decoder = Decoder(last, after, new, temperature, *_ends(cache))
+        decoder = Decoder(last, after, new, temperature, *_ends(cache), cache.shards)
         if first is None:
             decoder.finished.fill_(False)  # whatever a prompt ends with
         text = torch.cat([ids, *known], 1)
@@ -118,16 +112,10 @@ def takes_over(model: PreTrainedModel, graph: bool | None = None) -> bool:
     """Whether `generate` is to write greedy text in the place of `model.generate`.
 
     So it is on a GPU, where it is faster, or if `graph` asks for it. A generation config that wants
-    more than the most probable token (a repetition penalty) is for `model.generate`; with `graph`
-    True it raises CompressionError.
+    another than the most probable token (a repetition penalty) is for `model.generate`; with
+    `graph` True it raises CompressionError.
     """
-    config = model.generation_config
-    asked = {} if config is None else config.to_diff_dict()
-    more = [
-        name
-        for name, value in asked.items()
-        if name not in HARMLESS and value not in (None, False, 0, [], NEUTRAL.get(name))
-    ]
+    more = kept(model)
     if graph and more:
         raise CompressionError(
             f"cannot decode in fixed steps: the model's generation config asks for {more[0]}"
@@ -158,7 +146,7 @@ def _choose_steps(
         try:
             return FixedSteps(cache, decoder, new, compiled)
         except torch.OutOfMemoryError:  # its buffers are beside the cache
-            if graph:
+            if graph or cache.shards.ranks > 1:  # other ranks may have the memory
                 raise
     return PlainSteps(cache, decoder, mask, text)
 
@@ -168,8 +156,6 @@ def why_not(cache: CompressedCache) -> str | None:
     layers, method = cache.compressed_layers, cache.method
     if len({weight.device for weight in cache.model.parameters()}) > 1:
         return "the model lies on several devices"
-    if HeadShards.of(cache.model).ranks > 1:
-        return "heads are split over processes"
     if any(not layer.plain for layer in layers):
         return "its layers share or expand what they cache"
     if len(layers) < len(cache.layers):
@@ -210,7 +196,8 @@ def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Te
     ).logits
     if bool(logits[:, -1].isnan().any()):
         raise NonFiniteError("NaN among the logits of the first new token: look at the weights")
-    return choose_tokens(logits[:, -1], temperature)
+    last = logits[:, -1].to(ids.device)  # from where the last layer lies
+    return choose_tokens(last, temperature, cache.shards)
 
 
 def _ends(cache: CompressedCache) -> tuple[list[int], int]:

@@ -1,13 +1,14 @@
 """Tokens dropped from a FixedKV in place, all layers at once, while a captured step stays valid.
 
 What is dropped is what a `CompressedCache` drops before it has no room for another token. The CPU
-decides how many tokens each layer may hold, the GPU which.
+decides how many tokens each layer may hold, the GPU which. Of a model whose heads are split over
+ranks, each has buffers for its own heads and knows how much the others hold: all decide alike.
 """
 
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from tappa.compression.cache import CompressedCache
@@ -15,6 +16,7 @@ from tappa.compression.fixed import Counts, FixedKV
 from tappa.compression.scorers import FromWeights, TokenView
 from tappa.compression.selection import ranks_shared, ranks_within
 from tappa.compression.storage import where_true
+from tappa.fetching import send
 from tappa.kernels.launching import choose
 from tappa.kernels.window_attention import Segments, WindowSums, window_sums_triton
 
@@ -25,9 +27,16 @@ BLOCK = 2**22  # numbers of a padded figure of as many layers as are cut at once
 class Evictor:
     """Keeps a FixedKV to the budget of the cache whose prompts it holds."""
 
-    def __init__(self, cache: CompressedCache, fixed: FixedKV, lengths: Counts) -> None:
-        self.cache, self.fixed = cache, fixed
-        self.counts = lengths.clone()  # as on the device, and known here
+    def __init__(
+        self,
+        cache: CompressedCache,
+        fixed: FixedKV,
+        counts: Counts,
+        capacity: Int[Tensor, "layers rows ranks"],
+    ) -> None:
+        self.cache, self.fixed, self.shards = cache, fixed, cache.shards
+        self.counts = counts.clone()  # of the heads of all ranks, as on the devices
+        self.capacity = capacity
         first, *_ = cache.compressed_layers
         assert first.attention is not None
         self.attention = first.attention
@@ -38,7 +47,7 @@ class Evictor:
     @property
     def steps_left(self) -> int:
         """Steps until a row has no room for another token."""
-        each = self.fixed.layer_count * self.fixed.kv_heads
+        each = self.fixed.layer_count * self.counts.shape[2]
         held = self.counts.sum((0, 2)).tolist()
         return min((self.cache.total(row) - n) // each for row, n in enumerate(held))
 
@@ -48,22 +57,23 @@ class Evictor:
         A layer may want to hold more than before, since what it could not hold went to others.
         """
         limits = torch.stack([self._limits(row) for row in range(self.fixed.rows)], 1)
-        if bool((limits.sum(2) > self.fixed.capacity).any()):
+        if bool((sums_of_ranks(limits, self.shards.ranks) > self.capacity).any()):
             return False
-        segments = self.fixed.rows * self.fixed.kv_heads
-        size = max(1, BLOCK // (segments * int(self.counts.max())))
-        for first in range(0, self.fixed.layer_count, size):
+        fixed = self.fixed
+        size = max(1, BLOCK // (fixed.rows * fixed.kv_heads * int(self.counts.max())))
+        for first in range(0, fixed.layer_count, size):
             self._drop(slice(first, first + size), limits[first : first + size])
-        self.counts = self.fixed.lengths.view(self.counts.shape).cpu().long()
+        lengths = fixed.lengths.view(fixed.layer_count, fixed.rows, fixed.kv_heads).cpu().long()
+        self.counts = self.shards.gather(lengths, 2)
         return True
 
     def _limits(self, row: int) -> Int[Tensor, "layers accounts"]:
         """How many tokens each layer, or each of its KV heads, may hold of a row."""
-        fixed, method = self.fixed, self.cache.method
+        method = self.cache.method
         held = self.counts[:, row]
         if self.pooled:
             held = held.sum(1, keepdim=True)
-        heads, total = fixed.layer_count * fixed.kv_heads, self.cache.total(row)
+        heads, total = self.counts[:, row].numel(), self.cache.total(row)
         if int(held.sum()) + heads <= total:
             return held
         total = max(total - self.cache.every * heads, method.least * heads)
@@ -73,9 +83,8 @@ class Evictor:
         """Keep the best tokens of some layers and close the gaps."""
         fixed, kv_heads = self.fixed, self.fixed.kv_heads
         lengths = fixed.lengths[layers].flatten().long()
-        counts = self.counts[layers]
-        view = HeldView(self, layers, int(counts.max()))
-        total, device = int(counts.sum()), lengths.device
+        view = HeldView(self, layers, int(self.counts[layers].max()))
+        total, device = int(self.shards.mine(self.counts[layers], 2).sum()), lengths.device
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
         segment = numbers.repeat_interleave(lengths, output_size=total)
         before = lengths.cumsum(0) - lengths
@@ -83,8 +92,10 @@ class Evictor:
         slot = fixed.starts[layers].flatten()[segment] + offset
         ranks = self._ranks(view, segment, offset)
         account = segment // kv_heads if self.pooled else segment
-        kept = ranks < limits.flatten().to(device)[account]
-        at = where_true(kept, int(limits.sum()))
+        limits = limits if self.pooled else self.shards.mine(limits, 2)
+        kept = ranks < send(limits.flatten(), device)[account]
+        known = not self.pooled or self.shards.ranks == 1  # else which rank holds what is pooled
+        at = where_true(kept, int(limits.sum()) if known else int(kept.sum()))
         segment, slot = segment[at], slot[at]
         new = torch.zeros_like(lengths).index_add_(0, segment, torch.ones_like(slot))
         fixed.lengths[layers] = new.view(-1, fixed.rows * kv_heads).to(torch.int32)
@@ -97,19 +108,50 @@ class Evictor:
     def _ranks(
         self, view: "HeldView", segment: Int[Tensor, " tokens"], offset: Int[Tensor, " tokens"]
     ) -> Int[Tensor, " tokens"]:
-        method, fixed = self.cache.method, self.fixed
-        scores = method.scorer.score(view)[segment, offset]
-        positions = view.positions[segment, offset]
-        row = segment // fixed.kv_heads % fixed.rows
-        protected = positions >= fixed.seen - method.window
-        protected |= positions < self.first[row] + method.sinks
+        scores, positions = self.cache.method.scorer.score(view), view.positions
+        if self.pooled and self.shards.ranks > 1:
+            return self._ranks_of_all(scores, positions)[segment, offset]
+        scores, positions = scores[segment, offset], positions[segment, offset]
+        layer = segment // self.fixed.kv_heads
+        protected = self._protected(positions, layer)
         present = torch.ones_like(protected)
         if not self.pooled:
             return ranks_within(scores, protected, present, segment)
-        layer = segment // fixed.kv_heads
-        return ranks_shared(
-            *(scores, protected, present, segment, layer, fixed.kv_heads, method.floor)
-        )
+        heads, floor = self.fixed.kv_heads, self.cache.method.floor
+        return ranks_shared(scores, protected, present, segment, layer, heads, floor)
+
+    def _ranks_of_all(
+        self, scores: Float[Tensor, "kv_heads tokens"], positions: Int[Tensor, "kv_heads tokens"]
+    ) -> Int[Tensor, "kv_heads tokens"]:
+        """Of the tokens of this rank's heads, among those of all ranks."""
+        fixed, longest = self.fixed, scores.shape[1]
+        mine = torch.stack([scores, positions.to(scores)], 1)
+        every = self.shards.gather(mine.unflatten(0, (-1, fixed.rows, fixed.kv_heads)), 2)
+        kv_heads = every.shape[2]
+        scores, positions = (x.flatten() for x in every.flatten(0, 2).unbind(1))
+        segment = torch.arange(len(scores), device=scores.device) // longest
+        layer, present = segment // kv_heads, positions >= 0
+        protected = self._protected(positions, layer)
+        floor = self.cache.method.floor
+        ranks = ranks_shared(scores, protected, present, segment, layer, kv_heads, floor)
+        return self.shards.mine(ranks.view(-1, kv_heads, longest), 1).flatten(0, 1)
+
+    def _protected(
+        self, positions: Real[Tensor, " tokens"], layer: Int[Tensor, " tokens"]
+    ) -> Bool[Tensor, " tokens"]:
+        """Tokens that stay in any case. `layer` counts the rows of each as layers of their own."""
+        method, fixed = self.cache.method, self.fixed
+        late = positions >= fixed.seen - method.window
+        return late | (positions < self.first[layer % fixed.rows] + method.sinks)
+
+
+def sums_of_ranks(
+    limits: Int[Tensor, "layers rows accounts"], ranks: int
+) -> Int[Tensor, "layers rows ranks"]:
+    """What the heads of each rank may hold together; with one account for all heads, all of it."""
+    if limits.shape[2] == 1:
+        return limits.expand(-1, -1, ranks)
+    return limits.unflatten(2, (ranks, -1)).sum(3)
 
 
 class HeldView(TokenView):

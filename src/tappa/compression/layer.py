@@ -26,6 +26,7 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    edits = 0  # how often tokens were dropped or moved, on all ranks of a split model alike
 
     def __init__(self, index: int, method: Method, shards: HeadShards) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.edits += 1
         self.held: RaggedKV | None = None
         self.seen = 0
         self.dropped_at = 0  # tokens seen when some were last dropped
@@ -188,9 +190,9 @@ class CompressedLayer(CacheLayerMixin):
         self, row: int, scores: Scores, protected: HeadTokens, present: HeadTokens
     ) -> Ranks:
         """Among the tokens of all KV heads, those on other ranks of a split model included."""
-        gather, floor = self.shards.gather_padded, self.method.floor
-        every = gather(scores, 0.0), gather(protected, False), gather(present, False)
-        ranks = pooled_ranks(*every, floor)
+        mine = torch.stack([scores, protected.to(scores), present.to(scores)], 1)
+        every, *masks = self.shards.gather_padded(mine, 0.0).unbind(1)
+        ranks = pooled_ranks(every, masks[0].bool(), masks[1].bool(), self.method.floor)
         heads = torch.arange(len(ranks), dtype=torch.int16, device=ranks.device)
         heads = heads[:, None].expand_as(ranks).flatten()
         self.ranked[row] = Fetched(torch.empty_like(heads).scatter_(0, ranks.flatten(), heads))
@@ -214,6 +216,7 @@ class CompressedLayer(CacheLayerMixin):
             counts = self.shards.mine(counts)
             limits = [sum(counts)]
         held.keep_ranked(row, limits, counts)
+        self.edits += 1
         self.complete = False
         self.dropped_at = self.seen
 
@@ -232,6 +235,7 @@ class CompressedLayer(CacheLayerMixin):
                 positions = held.padded(row)[2][0]
                 late = (positions - (self.seen - new)).clamp_min(0).long()
                 held.keep(row, (positions < self.seen - new) | valid[row][late])
+                self.edits += 1
                 self.complete = False
                 self.dropped_at = self.seen
 
@@ -247,6 +251,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def select_rows(self, index: list[int]) -> None:
         """Take these rows of the batch, in this order."""
+        self.edits += 1
         if self.held is not None:
             self.held.select_rows(index)
             if self.observations:  # with the full cache there are none
@@ -268,9 +273,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.held is not None:
             self.select_rows([row for row in range(self.held.rows) for _ in range(repeats)])
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Forget the last `-tokens` tokens; a positive number is the length to keep."""
-        length = tokens if tokens > 0 else self.seen + tokens
+        by = int(tokens)  # some versions of transformers send a tensor
+        length = by if by > 0 else self.seen + by
         if self.held is None or length >= self.seen:
             return
         # the window is never dropped: a draft that was rejected can always be taken back
@@ -282,6 +288,7 @@ class CompressedLayer(CacheLayerMixin):
         if "received" in self.held.figures:
             raise CompressionError(f"{self.method.name} adds up attention, which crop cannot undo")
         self.held.drop_from(length)
+        self.edits += 1
         self.seen, self.dropped_at = length, min(self.dropped_at, length)
         for observation in self.observations:
             observation.forget_from(length)
@@ -298,6 +305,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def take(self, held: RaggedKV, seen: int) -> None:
         """Go on with these tokens, of so many that were seen."""
+        self.edits += 1
         self.complete = self.complete and min(held.lengths) == seen
         self.held, self.seen = held, seen
 

@@ -169,6 +169,23 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return found[1], options
 
 
+def spelled_out(text: str) -> str:
+    """A method with all its options, those by default too: what its answers mean.
+
+    `snapkv(kernel=7)` -> `snapkv(window=32,kernel=7)`. Raises CompressionError for what is none.
+    """
+    name, options = parse_method(text)
+    method_named(name, **options)
+    parts = []
+    for part in name.split("+"):
+        taken = inspect.signature(METHODS[part]).parameters.values()
+        values = {one.name: options.get(one.name, one.default) for one in taken}
+        numbers = {one.name for one in taken if isinstance(one.default, float)}  # 50 means 50.0
+        texts = (f"{k}={float(v) if k in numbers else v}" for k, v in values.items())
+        parts.append(f"{part}({','.join(texts)})")
+    return "+".join(parts)
+
+
 def split_methods(text: str) -> list[str]:
     """`a,b(x=1,y=2)` -> its methods: a comma inside of brackets does not separate."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
@@ -178,14 +195,19 @@ def split_methods(text: str) -> list[str]:
 def method_named(name: "str | Method", **options: Any) -> Method:
     """The method of this name; `"a+b"` has the scorer of a and the budget rule of b.
 
-    Options go to every part that knows them. Raises CompressionError for names and options that
-    no part knows.
+    Options go to every part that knows them; some may be in the name, as in `"cake(gamma=50)"`.
+    Raises CompressionError for names and options that no part knows.
     """
     if isinstance(name, Method):
         known = {field.name for field in fields(Method)}
         for option in options.keys() - known:
             raise CompressionError(f"a Method has {', '.join(sorted(known))}; no {option!r}")
         return replace(name, **options) if options else name
+    if "(" in str(name):
+        name, inside = parse_method(str(name))
+        if twice := inside.keys() & options.keys():
+            raise CompressionError(f"the option {min(twice)!r} of {name} is given twice")
+        options |= inside
     parts = str(name).split("+")
     unknown = [part for part in parts if part not in METHODS]
     if unknown or len(parts) > 2:

@@ -137,7 +137,7 @@ class StackedLayer(CompressedLayer):
         self.positions = self.positions.index_select(0, at)
         self.tokens = int((self.positions >= 0).sum())
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Refused: rows may have seen different numbers of tokens."""
         raise CompressionError("a stack of caches cannot be cropped")
 
@@ -280,7 +280,7 @@ class PackedLayer(CompressedLayer):
         held.select_rows(index)
         self._pack(held, self.ROOM)
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Refused: rows may have seen different numbers of tokens."""
         raise CompressionError("a stack of caches cannot be cropped")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, FixedReader
-from tappa.compression.eviction import Evictor
+from tappa.compression.eviction import Evictor, sums_of_ranks
 from tappa.compression.fit import crosses_border
 from tappa.compression.fixed import Counts, FixedKV
 
@@ -60,7 +60,7 @@ class PlainSteps:
             logits_to_keep=1,
             **with_cache(self.cache.model, self.cache),
         )
-        return output.logits[:, -1]
+        return output.logits[:, -1].to(tokens.device)  # from where the last layer lies
 
     def _grow(self) -> None:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
@@ -109,15 +109,22 @@ class FixedSteps:
         held = [layer.storage() for layer in layers]
         lengths = torch.tensor([one.lengths for one in held])
         lengths = lengths.view(len(held), held[0].rows, held[0].kv_heads)
-        room, capacity = self.new, None
+        room, mine = self.new, None
         if cache.evicting:
-            room, capacity = self._room_and_capacity(lengths)
-        self.fixed = FixedKV(lengths, room, held[0], cache.tokens_seen, capacity)
+            counts = cache.shards.gather(lengths, 2)
+            room, capacity = self._room_and_capacity(counts)
+            # of what heads share on all ranks, this one holds no more than its own tokens
+            mine = torch.minimum(
+                cache.shards.mine(capacity, 2)[..., 0], (lengths + self.new).sum(2)
+            )
+        self.fixed = FixedKV(lengths, room, held[0], cache.tokens_seen, mine)
         for number, one in enumerate(held):
             self.fixed.fill(number, one)
         at_once = cache.nbytes + self.fixed.buffer_nbytes
         cache.peak_nbytes = max(cache.peak_nbytes, at_once)
-        self.evictor = Evictor(cache, self.fixed, lengths) if cache.evicting else None
+        self.evictor = None
+        if cache.evicting:
+            self.evictor = Evictor(cache, self.fixed, counts, capacity)
         if cache.evicting and "window" in cache.method.scorer.needs:
             self.fixed.remember(
                 [torch.cat([o.window for o in layer.observations]) for layer in layers]
@@ -126,7 +133,7 @@ class FixedSteps:
         if self.fixed.keys.is_cuda:
             self.decoder.capture(self.reader)
 
-    def _room_and_capacity(self, lengths: Counts) -> tuple[int, Int[Tensor, "layers rows"]]:
+    def _room_and_capacity(self, lengths: Counts) -> tuple[int, Int[Tensor, "layers rows ranks"]]:
         """Steps between two cuts at most, and what a region may come to hold at once.
 
         A layer that holds less than it would like, since its prompt has no more, grows later on.
@@ -139,8 +146,13 @@ class FixedSteps:
             later = held + self.new
             if cache.method.sharing == "pooled":
                 later = later.sum(1, keepdim=True)
-            capacity.append(torch.tensor(cache.divide(row, later.tolist(), total)).sum(1))
-        return min(self.new, max(room, cache.every)), torch.stack(capacity, 1)
+            capacity.append(torch.tensor(cache.divide(row, later.tolist(), total)))
+        if cache.method.sharing == "pooled":
+            lengths = lengths.sum(2, keepdim=True)
+        most = torch.maximum(
+            *(sums_of_ranks(x, cache.shards.ranks) for x in (torch.stack(capacity, 1), lengths))
+        )
+        return min(self.new, max(room, cache.every)), most
 
     def _give_back(self, too_many: int) -> None:
         """The cache holds what it would hold, had it gone through the steps itself."""

@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
+from tappa.compression.greedy import greedy_arguments, warn_of_left_out
 from tappa.errors import CompressionError, NonFiniteError, TextError
 from tappa.models import context_length
-
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+from tappa.texts import in_chat_template, require_unicode
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def write_on(
     With `chat` the prompt is a user's message, put into the tokenizer's chat template. `show` is
     called with each piece of text as it is written. `graph` and `compiled` are those of
     `tappa.compression.generate`, which writes on a GPU; elsewhere, and where a model's generation
-    config asks for more than the most probable token, `model.generate` does.
+    config asks for another than the most probable token, `model.generate` does. The text is greedy
+    whatever that config says: a warning names what is left out (beams, several texts for a prompt).
 
         written = write_on(tappa.compressed(model, "tappa", 512), tokenizer, prompt)
 
@@ -64,6 +65,7 @@ def write_on(
     model = cache.model
     ids = _encode(tokenizer, prompt, chat)
     _check_length(model, ids.shape[1], max_new_tokens)
+    warn_of_left_out(model)
     clock = _Clock(tokenizer, show or (lambda text: None))
     ids, steps = ids.to(model.device), takes_over(model, graph)
     if compiled and not steps:
@@ -79,7 +81,7 @@ def write_on(
         clock.end()
     else:
         pad = tokenizer.pad_token_id or tokenizer.eos_token_id
-        output = _by_transformers(cache, ids, max_new_tokens, clock, pad)
+        output = _by_transformers(cache, tokenizer, ids, max_new_tokens, clock, pad)
     end = time.perf_counter()
     new, shards = output[0, ids.shape[1] :], cache.shards
     return Written(
@@ -98,19 +100,25 @@ def write_on(
 
 
 def _by_transformers(
-    cache: CompressedCache, ids: Tensor, new: int, clock: "_Clock", pad: int | None
+    cache: CompressedCache,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    new: int,
+    clock: "_Clock",
+    pad: int | None,
 ) -> Tensor:
     model: Any = cache.model
+    arguments: dict[str, Any] = greedy_arguments(model, tokenizer) | with_cache(model, cache)
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
+        do_sample=False,
         use_cache=True,
         max_new_tokens=new,
         streamer=clock,
         logits_processor=LogitsProcessorList([_RefuseNaN()]),
         pad_token_id=pad,
-        **with_cache(model, cache),
-        **GREEDY,
+        **{name: value for name, value in arguments.items() if name != "do_sample"},
     )
 
 
@@ -148,13 +156,9 @@ class _Clock(BaseStreamer):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    if chat and not tokenizer.chat_template:
-        raise TextError("expected a tokenizer with a chat template, this one has none")
+    require_unicode(prompt, "the prompt")
     if chat:
-        turn = [{"role": "user", "content": prompt}]
-        prompt = str(
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        )
+        prompt = in_chat_template(tokenizer, prompt)
     encoded: Any = tokenizer(prompt, add_special_tokens=not chat, verbose=False)
     if not encoded.input_ids:
         raise TextError("expected a prompt of at least 1 token, got none")

@@ -1,8 +1,8 @@
 """The whole flow of `tappa eval`: samples, answers on disk, tables."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.checkpoint import fingerprint
 from tappa.errors import EvaluationError
-from tappa.evaluation.grid import Outcome, Progress, describe_run, run_grid, start_run
+from tappa.evaluation.grid import Outcome, Progress, describe_run, nobody, run_grid
 from tappa.evaluation.samples import Sample
 from tappa.evaluation.shared_prefill import Cell, GridLM, cells_of
-from tappa.evaluation.suites import Source, check_names, samples_of
+from tappa.evaluation.store import Asked, Say, check_prompts, note_asked, start_run
+from tappa.evaluation.suites import Source, check_names, known_tokens, samples_of
 from tappa.evaluation.tables import (
     Table,
     as_json,
@@ -22,7 +23,7 @@ from tappa.evaluation.tables import (
     tables_of,
     to_markdown,
 )
-from tappa.files import write_atomic
+from tappa.files import digest_of, made_folder, write_atomic
 
 __all__ = [
     "METHODS",
@@ -38,7 +39,6 @@ METHODS = (
 )
 BUDGETS = (128, 256, 512, 1024)
 TASKS = ("fidelity",)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ class Evaluation:
             raise EvaluationError(f"expected half tune or report, got {self.half!r}")
         self.against()
         return cells_of(self.methods, self.budgets)
+
+    def asked(self) -> dict[str, Any]:
+        """All that is evaluated, for `grid.json`."""
+        source = self.source
+        return {
+            "methods": list(self.methods),
+            "budgets": list(self.budgets),
+            "tasks": list(self.tasks),
+            "half": self.half,
+            "limit": source.limit,
+            "lengths": list(source.lengths),
+            "data": None if source.data is None else str(source.data),
+        }
 
     def against(self) -> str:
         """The method that the others are compared with."""
@@ -95,28 +108,38 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     batch: int | None = None,
     progress: Progress | None = None,
-    say: Say = lambda text: None,
+    say: Say = nobody,
 ) -> Results:
     """Answer all samples in all cells, and write tables.
 
     `folder` gets `grid.json` (what was asked, versions, device), `tasks/` (prompts), `samples/`
     (answers and scores of every sample), `samples.parquet` (the same as a table), `results.json`
-    and `tables.md`. A folder that has some answers already gets the others. `batch` samples of a
-    task are answered together (by default 4 on a GPU, 1 elsewhere).
+    and `tables.md`. A folder that has some answers already gets the others, those of more samples,
+    methods, budgets and tasks too; tables show what is asked for. `batch` samples of a task are
+    answered together (by default 4 on a GPU, 1 elsewhere). `say` gets lines on damaged files and
+    on memory that did not suffice.
 
         results = evaluate(model, tokenizer, Evaluation(tasks=["local"]), Path("results"))
         print(results.markdown)
 
-    Raises TappaError of several kinds; answers that are written stay.
+    Raises TappaError of several kinds; answers that are written stay. KeyboardInterrupt where an
+    interrupt left no sample.
     """
     cells = evaluation.cells()
-    lm = GridLM(model, tokenizer)
-    batch = batch or default_batch(lm)
-    start_run(folder, identity_of(lm, evaluation, name), describe_run(lm) | {"batch": batch})
-    say("preparing tasks")
-    samples = prepare(lm, evaluation, folder / "tasks")
-    outcome = run_grid(lm, samples, cells, folder, shard=shard, batch=batch, progress=progress)
-    return finish(folder, evaluation, outcome)
+    with made_folder(folder):
+        lm = GridLM(model, tokenizer)
+        batch = batch or default_batch(lm)
+        asked, run = evaluation.asked(), describe_run(lm) | {"batch": batch}
+        start_run(folder, identity_of(lm, evaluation, name), asked, run)
+        samples = prepare(lm, evaluation, folder / "tasks")
+        check_prompts(folder, samples, asked)
+        note_asked(folder, asked, run)
+        outcome = run_grid(
+            lm, samples, cells, folder, shard=shard, batch=batch, progress=progress, say=say
+        )
+        if outcome.left and not outcome.answered + outcome.found:
+            raise KeyboardInterrupt
+        return finish(folder, evaluation, outcome, samples)
 
 
 def default_batch(lm: GridLM) -> int:
@@ -125,37 +148,51 @@ def default_batch(lm: GridLM) -> int:
 
 
 def identity_of(lm: GridLM, evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """What decides the answers."""
+    """What no folder mixes: all that decides answers but their prompts, methods and budgets."""
     model, source = cast(PreTrainedModel, lm.model), evaluation.source
+    config = model.config.get_text_config()
     return {
         "model": name or type(model).__name__,
         "weights": fingerprint(model),
-        "methods": list(evaluation.methods),
-        "budgets": list(evaluation.budgets),
-        "tasks": list(evaluation.tasks),
-        "half": evaluation.half,
+        "rope": getattr(config, "rope_parameters", None),
+        "tokenizer": digest_of(known_tokens(lm)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "source": asdict(source) | {"data": None if source.data is None else str(source.data)},
+        "seed": source.seed,
+        "chat": source.chat,
+        "template": digest_of(lm.tokenizer.chat_template) if source.chat else None,
     }
 
 
 def prepare(lm: GridLM, evaluation: Evaluation, folder: Path) -> list[Sample]:
     """The samples in the order in which they are answered; task files go to the folder."""
-    samples = _half(samples_of(evaluation.tasks, lm, evaluation.source, folder), evaluation.half)
+    made = samples_of(evaluation.tasks, lm, evaluation.source, folder)
+    once = {(sample.task, sample.number): sample for sample in made}  # `ruler,ruler_vt`
+    samples = _half(list(once.values()), evaluation.half)
     samples.sort(key=lambda sample: sample.number)  # an early end finds all tasks equally far
     if not samples:
         raise EvaluationError("expected at least one sample, the tasks have none")
     return samples
 
 
-def finish(folder: Path, evaluation: Evaluation, outcome: Outcome) -> Results:
-    """Tables of all answers in the folder."""
-    return Results(*_write_tables(folder, evaluation, outcome), markdown=_read(folder))
+def finish(
+    folder: Path, evaluation: Evaluation, outcome: Outcome, samples: Sequence[Asked]
+) -> Results:
+    """Tables of those of the samples that have an answer in every cell."""
+    frame = read_samples(folder, samples, evaluation.cells())
+    tables = tables_of(frame, evaluation.against(), evaluation.source.seed)
+    content: dict[str, Any] = {"schema": 1, "tables": as_json(tables)}
+    markdown = "\n".join([*map(to_markdown, tables), memory_markdown(frame)])
+    write_atomic(folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
+    write_atomic(folder / "samples.parquet", frame.drop(columns="order").to_parquet(index=False))
+    write_atomic(folder / "tables.md", markdown)
+    return Results(tables, outcome, markdown)
 
 
 def describe_outcome(outcome: Outcome) -> str:
     """What a run did, in one or two lines."""
     text = f"{outcome.answered} samples answered, {outcome.found} were there already"
+    if outcome.added:
+        text += f"; {outcome.added} of those answered had some of the answers"
     if outcome.left:
         text += f", {outcome.left} left by the interrupt: run the same command to go on"
     if outcome.prefills:
@@ -171,20 +208,3 @@ def _half(samples: list[Sample], half: str | None) -> list[Sample]:
     if half is None:
         return samples
     return [sample for sample in samples if sample.number % 2 == (half == "report")]
-
-
-def _write_tables(
-    folder: Path, evaluation: Evaluation, outcome: Outcome
-) -> tuple[list[Table], Outcome]:
-    frame = read_samples(folder)
-    tables = tables_of(frame, evaluation.against(), evaluation.source.seed)
-    content: dict[str, Any] = {"schema": 1, "tables": as_json(tables)}
-    write_atomic(folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
-    write_atomic(folder / "samples.parquet", frame.drop(columns="order").to_parquet(index=False))
-    parts = [*map(to_markdown, tables), memory_markdown(frame)]
-    write_atomic(folder / "tables.md", "\n".join(parts))
-    return tables, outcome
-
-
-def _read(folder: Path) -> str:
-    return (folder / "tables.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """How far a compressed cache leads the model astray, token by token, on real text."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from tappa.compression import CompressedCache
 from tappa.errors import EvaluationError
 from tappa.evaluation.harness import continuation_logits
 
+LARGE = 8_000_000  # characters: tokenizing more takes longer than answering a few samples
 NEXT = 64  # tokens that follow the context
 
 
@@ -34,6 +35,41 @@ def windows(ids: Sequence[int], tokens: int, count: int, seed: int = 0) -> list[
         start = random.Random(f"{seed}/{number}").randrange(low, high - tokens)
         found.append(list(ids[start : start + tokens]))
     return found
+
+
+def windows_of_text(
+    text: str, encode: Callable[[str], list[int]], tokens: int, count: int, seed: int = 0
+) -> list[list[int]]:
+    """`windows` of a text. One of more than LARGE characters is not tokenized as a whole.
+
+    Its windows start at the first word after a random character, likewise in either half. Raises
+    EvaluationError for too short a text.
+    """
+    if len(text) <= LARGE:
+        return windows(encode(text), tokens, count, seed)
+    found = []
+    for number in range(count):
+        half = len(text) // 2
+        begin, end = (0, half) if number % 2 == 0 else (half, 2 * half)
+        room = max(half - 16 * tokens, 1)  # characters of a token, hardly ever more
+        start = begin + random.Random(f"{seed}/{number}").randrange(room)
+        found.append(_from_word(text, encode, start, end, tokens))
+    return found
+
+
+def _from_word(
+    text: str, encode: Callable[[str], list[int]], start: int, end: int, tokens: int
+) -> list[int]:
+    """The first `tokens` tokens from the first space of `text[start:end]` on."""
+    start = max(start, text.find(" ", start, start + 1000))  # some languages have none
+    size = 8 * tokens
+    while True:
+        ids = encode(text[start : min(start + size, end)])
+        if len(ids) >= tokens + 8 or (len(ids) >= tokens and start + size >= end):
+            return ids[:tokens]
+        if start + size >= end:
+            raise EvaluationError(f"expected {tokens} tokens in half of the text, got {len(ids)}")
+        size *= 2
 
 
 class Reference:

@@ -1,48 +1,52 @@
 """Methods × budgets × samples: every sample is one file, and the folder is the state of the run."""
 
-import json
 import os
 import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 import tappa
-from tappa.errors import EvaluationError
+from tappa.evaluation.memory import Room, free_memory, is_out_of_memory
 from tappa.evaluation.samples import Sample, answer
 from tappa.evaluation.shared_prefill import Cell, GridLM, Held
-from tappa.files import difference, digest_of, ensure_folder, write_atomic
+from tappa.evaluation.store import (
+    SCHEMA,
+    Record,
+    SampleName,
+    Say,
+    as_answer,
+    joined,
+    missing_cells,
+    write_record,
+)
+from tappa.files import digest_of
 from tappa.interrupts import finish_first
 
-SCHEMA = 1
 Progress = Callable[[int, int], None]
 
 
-@runtime_checkable
-class Asked(Protocol):
-    """What names a sample: a Sample, or its name alone where the sample is elsewhere."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
+def nobody(text: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass
 class Outcome:
-    """What a run did: samples that were answered now, found on disk, and left by an interrupt."""
+    """What a run did: samples answered now, found on disk, left by an interrupt.
+
+    `added` of the answered ones had a file, which lacked some cells.
+    """
 
     answered: int = 0
+    added: int = 0
     found: int = 0
     left: int = 0
     prefill_seconds: float = 0.0
@@ -64,66 +68,52 @@ def run_grid(
     shard: tuple[int, int] = (0, 1),
     batch: int = 1,
     progress: Progress | None = None,
+    say: Say = nobody,
 ) -> Outcome:
     """Answer every sample in every cell; `folder/samples/TASK/NUMBER.json` has the answers.
 
-    Each file is written at once when its sample is done. Those that are there are kept, so that a
-    run that was killed goes on where it was. `batch` samples of a task are answered together.
+    Each file is written at once when its sample is done. Answers that are there are kept and only
+    missing ones made, so that a run that was killed, or that is asked for more, goes on where it
+    was. `batch` samples of a task are answered together, fewer where memory does not suffice.
     `shard` (k, n) takes every n-th batch from the k-th: n processes may fill one folder together.
     At the first interrupt the batch at hand is finished, at the second all stops at once.
 
-    Raises EvaluationError for a file of another grid, OutputError where none can be written.
+    Raises EvaluationError for a file of another prompt, OutputError where none can be written.
     """
+    missing = missing_cells(folder, samples, cells, say)
     batches = batches_of(samples, batch)[shard[0] :: shard[1]]
     total, done = sum(map(len, batches)), 0
-    outcome = Outcome(cells=len(cells))
-    lm.cells = list(cells)
+    outcome, room = Outcome(cells=len(cells)), Room(say)
     with finish_first() as interrupted:
-        for samples_at_hand in batches:
+        for at_hand in batches:
             if progress is not None:
                 progress(done, total)
-            missing = []
-            for sample in samples_at_hand:
-                path = sample_file(folder, sample)
-                if path.exists():
-                    check_sample(path, sample, cells)
-                    outcome.found += 1
-                else:
-                    missing.append(sample)
+            work = alike([(sample, missing[SampleName.of(sample)]) for sample in at_hand])
+            outcome.found += len(at_hand) - sum(len(some) for some, _ in work)
             if interrupted():
-                outcome.left += len(missing)
+                outcome.left += sum(len(some) for some, _ in work)
                 continue
-            if missing:
-                for sample, record in zip(missing, answer_batch(lm, missing, cells), strict=True):
-                    write_sample(folder, sample, record)
-                outcome.answered += len(missing)
-            done += len(samples_at_hand)
+            for some, of_cells in work:
+                for sample, record in zip(
+                    some, answer_batch(lm, some, of_cells, room), strict=True
+                ):
+                    write_record(folder, sample, record)
+                outcome.answered += len(some)
+                outcome.added += len(some) if len(of_cells) < len(cells) else 0
+            done += len(at_hand)
     if progress is not None:
         progress(total - outcome.left, total)
     outcome.prefill_seconds, outcome.prefills = lm.prefill_seconds, lm.prefills
     return outcome
 
 
-def sample_file(folder: Path, sample: Asked) -> Path:
-    """Where the answers to a sample are."""
-    return folder / "samples" / sample.task / f"{sample.number:05}.json"
-
-
-def write_sample(folder: Path, sample: Asked, record: dict[str, Any]) -> None:
-    """Write the answers to a sample, atomically. Raises OutputError."""
-    path = sample_file(folder, sample)
-    ensure_folder(path.parent)
-    write_atomic(path, json.dumps(record))
-
-
-def check_sample(path: Path, sample: Asked, cells: Sequence[Cell]) -> None:
-    """Whether a file holds the answers to this sample in these cells. Raises EvaluationError."""
-    record = read_json(path)
-    if record.get("digest") != sample.digest:
-        raise EvaluationError(f"{path} answers another prompt: choose another output folder")
-    there = [(answer["method"], answer["budget"]) for answer in record["answers"]]
-    if there != [(cell.method, cell.budget) for cell in cells]:
-        raise EvaluationError(f"{path} has other methods or budgets: choose another output folder")
+def alike(wanted: Sequence[tuple[Any, list[Cell]]]) -> list[tuple[list[Any], list[Cell]]]:
+    """Samples that lack the same cells together; those that lack none are left out."""
+    groups: dict[tuple[Cell, ...], list[Any]] = {}
+    for sample, cells in wanted:
+        if cells:
+            groups.setdefault(tuple(cells), []).append(sample)
+    return [(samples, list(cells)) for cells, samples in groups.items()]
 
 
 def batches_of(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
@@ -139,22 +129,46 @@ def batches_of(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 
 def answer_batch(
-    lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell]
-) -> list[dict[str, Any]]:
-    """What is written of samples that are answered together; times are those of one of them."""
+    lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell], room: Room
+) -> list[Record]:
+    """What is written of samples of a task, answered together as far as there is room.
+
+    Raises EvaluationError where one sample in one cell is too much.
+    """
+    task = samples[0].task
+    parts = room.parts(task, samples, cells)
+    if len(parts) == 1:
+        found = _answer_together(lm, samples, cells, room)
+        if found is not None:
+            return found
+        free_memory()
+        parts = room.parts(task, samples, cells)
+    records: dict[int, list[Record]] = {}
+    for some, of_cells in parts:
+        for sample, record in zip(some, answer_batch(lm, some, of_cells, room), strict=True):
+            records.setdefault(sample.number, []).append(record)
+    return [joined(records[sample.number]) for sample in samples]
+
+
+def _answer_together(
+    lm: GridLM, samples: Sequence[Sample], cells: Sequence[Cell], room: Room
+) -> list[Record] | None:
+    """None where memory did not suffice; times are those of one of the samples."""
     lm.forget()
+    lm.cells = list(cells)
     start, before = time.perf_counter(), lm.prefill_seconds
     try:
         found = answer(samples, lm, cells)
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(
-            f"out of memory in {samples[0].task} {samples[0].number}: {str(error)[:200]}; "
-            "choose a smaller --batch"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        room.shrink(samples[0].task, len(samples), len(cells), error)
+        return None
+    finally:
+        held = lm.held
+        lm.forget()
     prefill = lm.prefill_seconds - before
     rest = time.perf_counter() - start - prefill
-    held = lm.held
-    lm.forget()
     return [
         {
             "schema": SCHEMA,
@@ -165,7 +179,7 @@ def answer_batch(
             "prefill_seconds": round(prefill / len(samples), 4),
             "cells_seconds": round(rest / len(samples), 4),
             "answers": [
-                asdict(cell) | one | _means(held.get(cell, []))
+                as_answer(cell, one, _means(held.get(cell, [])))
                 for cell, one in zip(cells, answers, strict=True)
             ],
         }
@@ -185,23 +199,6 @@ def _means(caches: list[Held]) -> dict[str, float]:
     }
 
 
-def start_run(folder: Path, identity: dict[str, Any], run: dict[str, Any]) -> None:
-    """Write `grid.json`: what decides the answers (identity), and how they came about (run).
-
-    Raises EvaluationError where the folder has answers of another grid, naming what differs.
-    """
-    ensure_folder(folder)
-    path = folder / "grid.json"
-    if path.exists() and any((folder / "samples").glob("*/*.json")):
-        known = read_json(path).get("identity", {})
-        if found := difference(known, identity):
-            raise EvaluationError(
-                f"{folder} holds results of another grid: {found}; choose another output folder"
-            )
-        return
-    write_atomic(path, json.dumps({"schema": SCHEMA, "identity": identity, "run": run}, indent=1))
-
-
 def describe_run(lm: GridLM) -> dict[str, Any]:
     """Versions, commit, device and time: what a reader needs to judge the results."""
     packages = ("torch", "transformers", "lm_eval", "datasets", "scipy", "numpy")
@@ -218,17 +215,6 @@ def describe_run(lm: GridLM) -> dict[str, Any]:
         "attention": lm.model.config._attn_implementation,
         "chat_template": digest_of(lm.tokenizer.chat_template),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file of a run. Raises EvaluationError for what is not one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise EvaluationError(f"expected results of this version of tappa in {path}")
-    return found
 
 
 def _commit() -> str | None:

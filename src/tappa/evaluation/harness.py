@@ -23,9 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import tappa
 from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, check_method, generate, parse_budget, takes_over
-from tappa.errors import EvaluationError
+from tappa.compression.greedy import greedy_arguments, warn_of_left_out
+from tappa.errors import EvaluationError, TextError
+from tappa.evaluation.memory import free_memory, is_out_of_memory
+from tappa.texts import require_unicode, template_errors
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the strings; context, continuation
+log = logging.getLogger(__name__)
 _OF_HFLM = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs", "pretrained"}
 
 
@@ -44,6 +48,8 @@ class TappaLM(HFLM):
     A log-likelihood is that of a continuation after the compressed context. A context of one token
     (as in rolling log-likelihoods) has nothing to compress.
     """
+
+    halves = True  # a batch that does not fit into memory
 
     def __init__(
         self,
@@ -73,16 +79,18 @@ class TappaLM(HFLM):
         elif tokenizer is None:
             raise EvaluationError("expected a tokenizer with a model in memory")
         of_hflm = {name: value for name, value in others.items() if name in _OF_HFLM}
-        log = logging.getLogger("lm_eval.models.huggingface")
-        level = log.level
-        log.setLevel(logging.ERROR)  # it warns of models in memory
+        of_hflms = logging.getLogger("lm_eval.models.huggingface")
+        level = of_hflms.level
+        of_hflms.setLevel(logging.ERROR)  # it warns of models in memory
         try:
             super().__init__(pretrained=pretrained, tokenizer=cast(Any, tokenizer), **of_hflm)
         finally:
-            log.setLevel(level)
+            of_hflms.setLevel(level)
         self.method, self.budget, self.evict = method, size, evict
+        self.most_rows: int | None = None  # of a batch that fits into memory
         self.graph: bool | None = None  # as in `generate`: on a GPU where it can be
         self.options = {"analysis": analysis, "every": every} | of_method
+        warn_of_left_out(cast(PreTrainedModel, self.model))
         self.new_cache()  # what cannot work is refused now, not after the first prompt
 
     def new_cache(self) -> CompressedCache:
@@ -99,6 +107,26 @@ class TappaLM(HFLM):
         read(cache, ids, mask)
         return cache
 
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Called by lm-eval: the tokens of a text."""
+        require_unicode(string, "a text of the task")
+        return super().tok_encode(string, *args, **kwargs)
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by lm-eval: the tokens of prompts, padded."""
+        for text in strings:
+            require_unicode(text, "a text of the task")
+        return super().tok_batch_encode(list(strings), *args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Called by lm-eval: turns in the tokenizer's chat template."""
+        if not self.tokenizer.chat_template:
+            raise TextError("expected a tokenizer with a chat template, this one has none")
+        with template_errors():
+            return super().apply_chat_template(*args, **kwargs)
+
     def _model_generate(
         self,
         context: Int[Tensor, "rows tokens"],
@@ -107,14 +135,55 @@ class TappaLM(HFLM):
         attention_mask: Int[Tensor, "rows tokens"] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Called by lm-eval with a batch of prompts, padded on the left."""
+        """Called by lm-eval with a batch of prompts, padded on the left.
+
+        Where memory does not suffice the batch is halved, and so are those that follow.
+        """
         mask = torch.ones_like(context) if attention_mask is None else attention_mask
+        rows = len(context)
+        if self.most_rows is None or rows <= self.most_rows:
+            try:
+                return self._generate_rows(context, mask, max_length, stop, kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not (self.halves and rows > 1 and is_out_of_memory(error)):
+                    raise
+            self.most_rows = rows // 2
+            free_memory()
+            log.warning(f"out of memory with a batch of {rows}: going on with {self.most_rows}")
+        parts = [
+            self._model_generate(some, max_length, stop, of_some, **kwargs)
+            for some, of_some in zip(
+                context.split(self.most_rows), mask.split(self.most_rows), strict=True
+            )
+        ]
+        return self._as_one(parts)
+
+    def _as_one(self, parts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "rows longest"]:
+        """Batches of answers as one; those that ended earlier are padded on the right."""
+        longest, pad = max(part.shape[1] for part in parts), self.tokenizer.pad_token_id
+        padded = [
+            torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts
+        ]
+        return torch.cat(padded)
+
+    def _generate_rows(
+        self,
+        context: Int[Tensor, "rows tokens"],
+        mask: Int[Tensor, "rows tokens"],
+        max_length: int,
+        stop: list[str],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         cache = self.cache_of(context, mask)
         cache.frozen = not self.evict
         if self._greedy(kwargs) and takes_over(cache.model, self.graph):
             new, stops = max_length - context.shape[1], self._stops(stop, context.shape[1])
             return generate(cache, context, new, attention_mask=mask, graph=self.graph, stop=stops)
-        more = with_cache(cache.model, cache) | kwargs
+        more = (
+            greedy_arguments(cache.model, self.tokenizer, bool(kwargs.get("do_sample")))
+            | with_cache(cache.model, cache)
+            | kwargs
+        )
         return super()._model_generate(context, max_length, stop, attention_mask=mask, **more)
 
     def _greedy(self, asked: dict[str, Any]) -> bool:
@@ -140,16 +209,23 @@ class TappaLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Called by lm-eval: (log-likelihood, whether greedy) of every continuation.
 
-        Every context is read once, and each continuation gets a copy of its cache.
+        Every context is read once, and each continuation gets a copy of its cache. As HFLM does, a
+        context is cut on the left for each continuation by itself, so that both fit. Raises
+        EvaluationError for a continuation that is too long.
         """
         found: dict[int, tuple[float, bool]] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(tuple(request[1]), []).append(number)
+        for number, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"expected continuations of at most {self.max_length} tokens, the model's "
+                    f"context, got {len(continuation)}"
+                )
+            room = self.max_length + 1 - len(continuation)  # its last token is not read
+            groups.setdefault(tuple(context[-room:]), []).append(number)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="scoring")
-        for context, numbers in groups.items():
-            room = self.max_length + 1 - max(len(requests[n][2]) for n in numbers)
-            ids = torch.tensor([context[-room:]], device=self.device)
+        for read_tokens, numbers in groups.items():
+            ids = torch.tensor([read_tokens], device=self.device)
             cache = self.cache_of(ids, torch.ones_like(ids))
             for number in numbers:
                 strings, _, continuation = requests[number]

@@ -5,8 +5,9 @@ Understanding", https://aclanthology.org/2024.acl-long.172; https://github.com/T
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tappa.errors import EvaluationError, TextError
 from tappa.files import ensure_folder, write_atomic
-from tappa.texts import read_text
+from tappa.texts import read_lines
 
 PREFIX = "longbench_"
 TASKS = (
@@ -63,6 +64,7 @@ def write_longbench(
     *,
     tasks: Sequence[str] | None = None,
     context: int,
+    limit: int | None = None,
 ) -> list[str]:
     """Write LongBench tasks to `folder`, named as in lm-eval (`longbench_qasper`).
 
@@ -70,10 +72,11 @@ def write_longbench(
     Their prompts are built here, from lm-eval's templates, and one of more than
     `context - max_gen_toks` tokens loses its middle as in LongBench's pred.py (see
     `truncate_middle`); `folder` gets them as JSONL, and YAML files that include lm-eval's own for
-    all else. A chat template is not counted. The YAML files name files by their absolute path.
+    all else. Only the first `limit` lines are read, if it is given. A chat template is not counted.
+    The YAML files name files by their absolute path.
 
     Without `data` the tasks name the data set on the hub, as lm-eval does: nothing is fetched here,
-    and lm-eval cuts too long prompts on the left. Returns the names of the tasks.
+    and lm-eval itself would cut too long prompts on the left. Returns the names of the tasks.
 
     Raises EvaluationError for an unknown task, a missing folder or file, a line that is not JSON or
     lacks a field, and a context too small for the tokens to be generated, and OutputError.
@@ -93,7 +96,7 @@ def write_longbench(
     for name, template in templates.items():
         yaml = f"include: {_quoted(template.path)}\ntask: {_quoted(PREFIX + name)}\n"
         if data is not None:
-            lines = _prompts(name, template, paths[name], tokenizer, context)
+            lines = _prompts(name, template, paths[name], tokenizer, context, limit)
             copy = write_atomic(folder / f"{PREFIX}{name}.jsonl", "".join(lines))
             yaml += (
                 "dataset_path: json\ndataset_name: null\n"
@@ -151,13 +154,18 @@ def _data_file(data: Path, name: str) -> Path:
 
 
 def _prompts(
-    name: str, template: Template, path: Path, tokenizer: PreTrainedTokenizerBase, context: int
+    name: str,
+    template: Template,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    limit: int | None,
 ) -> list[str]:
     """The lines of the copy of a data file: the prompts, what scores them, and where from."""
     from lm_eval.utils import apply_template
 
     lines = []
-    for record in _records(path, classified=name in CLASSIFIED):
+    for record in itertools.islice(_records(path, classified=name in CLASSIFIED), limit):
         fields = {"context": record["context"], "question": record["input"]}
         prompt = apply_template(template.prompt, fields)
         line = {
@@ -172,13 +180,18 @@ def _prompts(
     return lines
 
 
-def _records(path: Path, *, classified: bool) -> list[Record]:
+def _records(path: Path, *, classified: bool) -> Iterator[Record]:
+    """The records of a file, of which only so much is read as is wanted."""
+    empty = True
     try:
-        text = read_text(path)
+        for number, line in enumerate(read_lines(path), start=1):
+            if line.strip():
+                empty = False
+                yield _record(line, f"{path}, line {number}", classified)
     except TextError as error:
         raise EvaluationError(str(error)) from error
-    lines = enumerate(text.split("\n"), start=1)  # splitlines() would break at U+2028 as well
-    return [_record(line, f"{path}, line {n}", classified) for n, line in lines if line.strip()]
+    if empty:
+        raise EvaluationError(f"expected text, got an empty file: {path}")
 
 
 def _record(line: str, where: str, classified: bool) -> Record:

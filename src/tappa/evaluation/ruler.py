@@ -10,7 +10,6 @@ Models?", https://arxiv.org/abs/2404.06654, in the version of lm-eval 0.4.13.
 import difflib
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
@@ -23,10 +22,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tappa.errors import EvaluationError
+from tappa.evaluation.prose import Prose
 from tappa.files import ensure_folder, write_atomic
-from tappa.texts import packaged_text, read_text
 
 PREFIX = "ruler_"
+STEP = 32  # tokens by which a round leaves less room than the one before
 MIN_LENGTH = 1024  # less holds no essay: lm-eval adds its words in steps of 500
 
 # What lm_eval.tasks.ruler.niah_utils gives to generate_samples
@@ -57,7 +57,6 @@ MAX_GEN_TOKS = {
 TASKS = (*NIAH, "vt", "cwe", "fwe")
 
 Document = dict[str, Any]
-Split = Callable[[str], list[str]]
 
 
 def write_ruler(
@@ -91,7 +90,7 @@ def write_ruler(
             )
     if per_task < 1:
         raise EvaluationError(f"expected at least 1 sample for each task, got {per_task}")
-    prose = _Prose(essays)
+    prose = Prose(essays, max(lengths, default=0))
     folder = ensure_folder(folder).absolute()
     written = []
     for name in names:
@@ -121,66 +120,43 @@ def _task_named(name: str) -> str:
     return short
 
 
-class _Prose:
-    """The text of the essay tasks, as lm-eval's list of words, and how it splits into sentences."""
-
-    def __init__(self, essays: Path | None) -> None:
-        self._paths = None if essays is None else sorted(Path(essays).glob("*.txt"))
-        if self._paths == []:
-            raise EvaluationError(f"expected a folder with *.txt files of essays, got {essays}")
-        self._loaded: tuple[list[str], Split] | None = None
-
-    def load(self) -> tuple[list[str], Split]:
-        if self._loaded is None:
-            from nltk.tokenize.punkt import PunktSentenceTokenizer
-
-            text = re.sub(r"\s+", " ", self._text())
-            # lm-eval takes the trained splitter that nltk downloads; this one learns from the prose
-            splitter = PunktSentenceTokenizer(text[:300_000])
-            self._loaded = text.split(" "), lru_cache(maxsize=16)(splitter.tokenize)
-        return self._loaded
-
-    def _text(self) -> str:
-        if self._paths is not None:
-            return " ".join(read_text(path) for path in self._paths)
-        from pydoc_data.topics import topics
-
-        return " ".join([packaged_text(), *topics.values()])
-
-
 def _fitting(
     name: str,
     length: int,
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    prose: _Prose,
+    prose: Prose,
 ) -> list[Document]:
     """Documents that need at most `length` tokens, the generated ones and the prefix included.
 
     lm-eval's generators do not count all of these (fwe no generated token, vt not the new names in
-    its example): where a document is too long, all are generated again for as much less.
+    its example): those that are too long are generated again for fewer tokens. Document i is that
+    of the first of these rounds in which it fits, so more documents change no earlier ones.
     """
     encode = lru_cache(maxsize=4)(lambda text: tokenizer(text, verbose=False))
+    found: list[Document | None] = [None] * count
     room = length
-    while room > MIN_LENGTH // 2:
+    while None in found and room > MIN_LENGTH // 2:
+        wanted = max(number for number, document in enumerate(found) if document is None) + 1
         with _seeded(f"{seed} {name} {length}"), _silent():
-            documents = _generate(name, room, count, encode, prose)
-        if len(documents) < count or not all(document["outputs"] for document in documents):
+            documents = _generate(name, room, wanted, encode, prose)
+        if len(documents) < wanted or not all(document["outputs"] for document in documents):
             break
-        for document in documents:
+        for number, document in enumerate(documents):
             prompt = document["input"] + _delimiter(name) + document["gen_prefix"]
             document["length"] = len(encode(prompt).input_ids) + MAX_GEN_TOKS[name]
             document["max_length"] = length
-        over = max(document["length"] for document in documents) - length
-        if over <= 0:
-            return documents
-        room -= over
-    raise EvaluationError(f"{length} tokens are too few for {PREFIX}{name} with this tokenizer")
+            if found[number] is None and document["length"] <= length:
+                found[number] = document
+        room -= max(documents[0]["length"] - length, STEP)
+    if None in found:
+        raise EvaluationError(f"{length} tokens are too few for {PREFIX}{name} with this tokenizer")
+    return [document for document in found if document is not None]
 
 
 def _generate(
-    name: str, length: int, count: int, encode: Callable[[str], Any], prose: _Prose
+    name: str, length: int, count: int, encode: Callable[[str], Any], prose: Prose
 ) -> list[Document]:
     """What lm-eval generates for a task, `count` documents where it takes 500."""
     if name in NIAH:
@@ -199,7 +175,7 @@ def _generate(
 
 
 def _generate_niah(
-    name: str, length: int, count: int, encode: Callable[[str], Any], prose: _Prose
+    name: str, length: int, count: int, encode: Callable[[str], Any], prose: Prose
 ) -> list[Document]:
     import nltk
 

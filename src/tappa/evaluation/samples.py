@@ -12,6 +12,18 @@ from tappa.evaluation.fidelity import Reference
 from tappa.evaluation.shared_prefill import Cell, GridLM
 from tappa.files import digest_of
 
+# names of the same setting, as lm-eval ranks them
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_OTHERS = "choose another task, or a model with a longer context"
+_SHORTER = "choose shorter --lengths"
+_ADVICE = {  # for prompts that are too long, by suite
+    "ruler": _SHORTER,
+    "local": _SHORTER,
+    "choice": _OTHERS,
+    "longbench": "give its files as --data, whose long prompts lose their middle",
+    "lm-eval": _OTHERS,
+}
+
 Answer = dict[str, Any]  # `scores`: name -> number; and whatever else is worth keeping
 
 
@@ -35,6 +47,22 @@ class TaskSample:
     def writes(self) -> bool:
         """Whether one text is written, so that many can be written side by side."""
         return self.kind == "generate_until" and len(self.instances) == 1
+
+    def check_length(self, lm: GridLM) -> None:
+        """Raises EvaluationError where the model's context would cut the prompt."""
+        for instance in self.instances:
+            if self.kind == "generate_until":
+                prompt, asked = instance.args
+                new = int(next((asked[x] for x in _NEW_TOKENS if x in asked), lm.max_gen_toks))
+                tokens, most = len(lm.tok_encode(prompt)) + new, lm.max_length
+            else:
+                context, continuation = lm._encode_pair(*instance.args)
+                tokens, most = len(context) + len(continuation), lm.max_length + 1  # last: unread
+            if tokens > most:
+                raise EvaluationError(
+                    f"sample {self.number} of {self.task} needs {tokens} tokens with its answer, "
+                    f"more than the model's context of {lm.max_length}: {_ADVICE[self.suite]}"
+                )
 
     def answers(self, lm: GridLM, cells: Sequence[Cell]) -> list[Answer]:
         """Of every cell."""

@@ -16,7 +16,6 @@ from tappa.compression import (
     CompressedCache,
     Recording,
     check_method,
-    parse_method,
     stack_caches,
 )
 from tappa.evaluation.harness import TappaLM
@@ -51,9 +50,8 @@ def cells_of(methods: Sequence[str], budgets: Sequence[int | float]) -> list[Cel
     """
     cells: list[Cell] = []
     for text in methods:
-        name, options = parse_method(text)
         for budget in budgets:
-            _, checked = check_method(name, budget, **options)
+            _, checked = check_method(text, budget)
             cells.append(Cell(text, checked))
     return list(dict.fromkeys(cells))
 
@@ -65,6 +63,8 @@ class GridLM(TappaLM):
     batch, of one prompt or of several: each row has the cache of its cell. Keeps what it read until
     `forget`. `prefill_seconds` and `prefills` add up.
     """
+
+    halves = False  # the rows of a prompt belong together: the grid halves
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
@@ -136,11 +136,10 @@ class GridLM(TappaLM):
         """A prompt's cache in a cell, once. All budgets of a method are made at the first call."""
         if (tokens, cell) not in self._made:
             siblings = [other for other in self.cells if other.method == cell.method] or [cell]
-            name, options = parse_method(cell.method)
             budgets = [other.budget for other in siblings]
             recording = self.recording(tokens)
             start = self._now()
-            caches = recording.compress(name, budgets, **options)
+            caches = recording.compress(cell.method, budgets)
             seconds = (self._now() - start) / len(siblings)
             for other, cache in zip(siblings, caches, strict=True):
                 self._made[tokens, other] = cache, seconds

@@ -1,6 +1,8 @@
 """From names to samples: which suites and tasks there are, and where their data come from."""
 
 import difflib
+import functools
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,16 +16,16 @@ from lm_eval.api.task import Task
 from tappa.errors import EvaluationError
 from tappa.evaluation.choice_suite import TASKS as CHOICE
 from tappa.evaluation.choice_suite import write_choice_suite
-from tappa.evaluation.fidelity import NEXT, windows
+from tappa.evaluation.fidelity import NEXT, windows_of_text
 from tappa.evaluation.local_suite import TASKS as LOCAL
 from tappa.evaluation.local_suite import write_local_suite
 from tappa.evaluation.longbench import TASKS as LONGBENCH
 from tappa.evaluation.longbench import write_longbench
 from tappa.evaluation.ruler import TASKS as RULER
 from tappa.evaluation.ruler import write_ruler
-from tappa.evaluation.samples import Sample, TextSample, samples_of_task
+from tappa.evaluation.samples import Sample, TaskSample, TextSample, samples_of_task
 from tappa.evaluation.shared_prefill import GridLM
-from tappa.files import digest_of, write_atomic
+from tappa.files import digest_of, made_folder, write_atomic
 from tappa.texts import packaged_text, read_text
 
 TEXT_TASKS = ("fidelity", "perplexity")
@@ -45,25 +47,42 @@ def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -
     """Samples of suites (`ruler`), their tasks (`ruler_vt_4096`), and any task of lm-eval.
 
     Task files are written below `folder`. Raises EvaluationError for a name that is neither, for
-    missing or malformed data, and where a length is more than the model's context.
+    missing or malformed data, and where the model's context would cut a prompt.
     """
-    sized = any(name.split("_")[0] in (*TEXT_TASKS, "ruler", "local") for name in names)
-    for length in source.lengths if sized else ():
-        if length > lm.max_length:
-            raise EvaluationError(
-                f"{length} tokens are more than the model's context of {lm.max_length}: "
-                "choose other --lengths"
-            )
+    for name in names:
+        for length in lengths_of(name, source):
+            if length > lm.max_length:
+                raise EvaluationError(
+                    f"{name}: {length} tokens are more than the model's context of "
+                    f"{lm.max_length}: choose other --lengths"
+                )
     found: list[Sample] = []
     for name in dict.fromkeys(names):
         suite = name.split("_")[0]
-        if name in TEXT_TASKS:
+        if suite in TEXT_TASKS:
             found += _text_samples(name, lm, source)
         elif suite in SUITES:
             found += _suite_samples(suite, name, lm, source, folder / suite)
         else:
             found += _samples("lm-eval", _tasks_of_lm_eval(name), lm, source)
+    for sample in found:
+        if isinstance(sample, TaskSample):
+            sample.check_length(lm)
+    lm.forget()
     return found
+
+
+def lengths_of(name: str, source: Source) -> tuple[int, ...]:
+    """Tokens of a task's prompts: those in its name (`ruler_vt_4096`), else the source's.
+
+    Without any where a task does not choose them.
+    """
+    suite, tail = name.split("_")[0], name.rpartition("_")[2]
+    if suite not in (*TEXT_TASKS, "ruler", "local"):
+        return ()
+    if suite != "local" and tail.isdigit() and (suite in TEXT_TASKS or int(tail) >= 1000):
+        return (int(tail),)
+    return source.lengths
 
 
 def count_samples(name: str, source: Source) -> int:
@@ -71,10 +90,10 @@ def count_samples(name: str, source: Source) -> int:
     tasks = 1
     if name in ("longbench", "local", "choice"):
         tasks = {"longbench": len(LONGBENCH), "local": len(LOCAL), "choice": len(CHOICE)}[name]
-    elif name in TEXT_TASKS:
-        tasks = len(source.lengths)
-    elif name.split("_")[0] == "ruler" and not name.split("_")[-1].isdigit():
-        tasks = len(source.lengths) * (len(RULER) if name == "ruler" else 1)
+    elif name.split("_")[0] in (*TEXT_TASKS, "ruler"):
+        lengths = lengths_of(name, source)
+        every = name in ("ruler", f"ruler_{lengths[0]}")
+        tasks = len(lengths) * (len(RULER) if every else 1)
     return tasks * source.limit
 
 
@@ -100,20 +119,29 @@ def texts_of(data: Path | None) -> list[str]:
     return [read_text(file) for file in files] or [packaged_text()]
 
 
-def _text_samples(task: str, lm: GridLM, source: Source) -> list[Sample]:
-    ids = lm.tokenizer("\n\n".join(texts_of(source.data)), verbose=False).input_ids
+def _text_samples(name: str, lm: GridLM, source: Source) -> list[Sample]:
+    """`fidelity` at all lengths, or `fidelity_2048` at one."""
+    task, lengths = name.split("_")[0], lengths_of(name, source)
+    if name not in (task, f"{task}_{lengths[0]}"):
+        raise EvaluationError(_unknown(name, SUITES))
+    text = "\n\n".join(texts_of(source.data))
+    encode = functools.partial(_encoded, lm)
     found: list[Sample] = []
-    for length in source.lengths:
+    for length in lengths:
         context = length - NEXT if task == "fidelity" else length // 2
         if context < 2:
             least = NEXT + 2 if task == "fidelity" else 4
             raise EvaluationError(f"{length} tokens are too few for {task}, which needs {least}")
-        for number, window in enumerate(windows(ids, length, source.limit, source.seed)):
-            name = f"{task}_{length}" if len(source.lengths) > 1 else task
+        parts = windows_of_text(text, encode, length, source.limit, source.seed)
+        for number, window in enumerate(parts):
             sample = TextSample(task, number, window[:context], window[context:])
-            sample.task = name
+            sample.task = f"{task}_{length}" if len(lengths) > 1 else name
             found.append(sample)
     return found
+
+
+def _encoded(lm: GridLM, text: str) -> list[int]:
+    return list(lm.tokenizer(text, verbose=False).input_ids)
 
 
 def _suite_samples(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[Sample]:
@@ -123,18 +151,41 @@ def _suite_samples(suite: str, name: str, lm: GridLM, source: Source, folder: Pa
 
 def _written(suite: str, name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
     """Write the task files, or find those of an earlier run with the same settings."""
-    text = "The quick brown fox: 0123456789, Straße, 漢字."
-    known = (len(lm.tokenizer), lm.tokenizer(text).input_ids)
-    wanted = digest_of(1, name, asdict(source), known, lm.max_length, version("lm_eval"))
+    tokens, libraries = known_tokens(lm), version("lm_eval")
+    here = str(folder.absolute())  # task files name it: a folder that was moved has stale ones
+    wanted = digest_of(2, name, asdict(source), tokens, lm.max_length, libraries, here)
     notes = folder / f"{name}.made.json"
-    if notes.is_file():
-        made = json.loads(notes.read_text(encoding="utf-8"))
-        if made["settings"] == wanted:
-            return list(made["tasks"])
-    tasks = _WRITERS[suite](name, lm, source, folder)
-    if source.data is None:  # other files may come into a folder
-        write_atomic(notes, json.dumps({"settings": wanted, "tasks": tasks}))
+    if (tasks := _made(notes, wanted)) is not None:
+        return tasks
+    with made_folder(folder):
+        tasks = _WRITERS[suite](name, lm, source, folder)
+        if source.data is None:  # other files may come into a folder
+            made = {"settings": wanted, "tasks": tasks, "files": _digests(folder, tasks)}
+            write_atomic(notes, json.dumps(made))
     return tasks
+
+
+def _made(notes: Path, wanted: str) -> list[str] | None:
+    """The tasks of an earlier run with these settings, if their files are as it wrote them."""
+    try:
+        made = json.loads(notes.read_bytes())
+        tasks = [str(task) for task in made["tasks"]]
+        same = made["settings"] == wanted and made["files"] == _digests(notes.parent, tasks)
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
+        return None
+    return tasks if same else None
+
+
+def _digests(folder: Path, tasks: list[str]) -> dict[str, str]:
+    """Of the files of tasks."""
+    files = [folder / f"{task}.{kind}" for task in tasks for kind in ("yaml", "jsonl")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
+
+
+def known_tokens(lm: GridLM) -> tuple[int, list[int]]:
+    """What tells tokenizers apart: how many tokens there are, and those of a text."""
+    text = "The quick brown fox: 0123456789, Straße, 漢字."
+    return len(lm.tokenizer), list(lm.tokenizer(text).input_ids)
 
 
 def _samples(suite: str, tasks: list[Task], lm: GridLM, source: Source) -> list[Sample]:
@@ -176,10 +227,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 def _ruler(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:
     """`ruler`, a task of it at all lengths (`ruler_vt`), or at one (`ruler_vt_4096`)."""
-    task, lengths = name, source.lengths
-    head, _, tail = name.rpartition("_")
-    if tail.isdigit() and int(tail) >= 1000:
-        task, lengths = head, (int(tail),)
+    lengths = lengths_of(name, source)
+    task = name.removesuffix(f"_{lengths[0]}")
     has_text = source.data is not None and any(source.data.glob("*.txt"))
     return write_ruler(
         folder,
@@ -201,7 +250,21 @@ def _longbench(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]
             tasks = [task for task in LONGBENCH if (source.data / f"{task}.jsonl").is_file()]
             if not tasks:
                 raise EvaluationError(f"expected LongBench's <task>.jsonl files in {source.data}")
-    return write_longbench(folder, source.data, lm.tokenizer, tasks=tasks, context=lm.max_length)
+    return write_longbench(
+        folder,
+        source.data,
+        lm.tokenizer,
+        tasks=tasks,
+        context=lm.max_length - (_template_tokens(lm) if source.chat else 0),
+        limit=source.limit,
+    )
+
+
+def _template_tokens(lm: GridLM) -> int:
+    """Tokens that the chat template adds to a prompt, and some for what it may merge."""
+    plain = "Hello"
+    filled = lm.apply_chat_template([{"role": "user", "content": plain}])
+    return max(len(lm.tok_encode(filled)) - len(lm.tok_encode(plain)), 0) + 8
 
 
 def _local(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:

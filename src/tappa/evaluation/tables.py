@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from tappa.errors import EvaluationError
-from tappa.evaluation.grid import read_json
+from tappa.evaluation.shared_prefill import Cell
 from tappa.evaluation.statistics import (
     average_of,
     holm,
@@ -17,6 +17,7 @@ from tappa.evaluation.statistics import (
     paired_difference,
     stratified_difference,
 )
+from tappa.evaluation.store import Asked, Record, key_of, key_of_answer, read_record, sample_file
 
 LOWER_IS_BETTER = {"kl", "nll", "attention_error"}
 WEAK = 0.1  # a full cache below this score, or above chance by less, tells methods apart badly
@@ -53,23 +54,42 @@ class Table:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_samples(folder: Path) -> pd.DataFrame:
-    """One line for every sample, cell and score: of all files below `folder/samples`."""
-    lines: list[dict[str, Any]] = []
-    for path in sorted((folder / "samples").glob("*/*.json")):
-        record = read_json(path)
-        for answer in record["answers"]:
-            shared = {key: record[key] for key in ("suite", "task", "number", "digest")}
-            shared |= {k: answer[k] for k in ("method", "budget", "tokens_held", "nbytes")}
-            shared["compress_seconds"] = answer.get("compress_seconds")
-            for order, (metric, value) in enumerate(answer["scores"].items()):
-                lines.append(shared | {"metric": metric, "order": order, "value": value})
+def read_samples(
+    folder: Path, asked: Sequence[Asked] | None = None, cells: Sequence[Cell] | None = None
+) -> pd.DataFrame:
+    """One line for every sample, cell and score of the files below `folder/samples`.
+
+    Of the samples `asked`, in `cells`, those that have an answer in all of them; without these
+    arguments all that is there. What is damaged is left out.
+    """
+    if asked is None:
+        paths = sorted((folder / "samples").glob("*/*.json"))
+    else:
+        paths = sorted(p for p in {sample_file(folder, one) for one in asked} if p.exists())
+    records = [record for record in map(read_record, paths) if record is not None]
+    lines = [line for record in records for line in _lines(record, cells)]
     if not lines:
         raise EvaluationError(f"no finished sample in {folder}")
     frame = pd.DataFrame(lines)
     for name in ("budget", "compress_seconds"):
         frame[name] = frame[name].astype(float)  # None becomes NaN
     return frame
+
+
+def _lines(record: Record, cells: Sequence[Cell] | None) -> Iterator[dict[str, Any]]:
+    answers = record["answers"]
+    if cells is not None:
+        by_key = {key_of_answer(answer): answer for answer in answers}
+        keys = [key_of(cell.method, cell.budget) for cell in cells]
+        if not all(key in by_key for key in keys):
+            return
+        answers = [by_key[k] | {"method": c.method} for k, c in zip(keys, cells, strict=True)]
+    for answer in answers:
+        shared = {key: record[key] for key in ("suite", "task", "number", "digest")}
+        shared |= {k: answer[k] for k in ("method", "budget", "tokens_held", "nbytes")}
+        shared["compress_seconds"] = answer.get("compress_seconds")
+        for order, (metric, value) in enumerate(answer["scores"].items()):
+            yield shared | {"metric": metric, "order": order, "value": value}
 
 
 def tables_of(samples: pd.DataFrame, baseline: str, seed: int = 0) -> list[Table]:

@@ -35,12 +35,15 @@ def choose(
 ) -> Result | Other:
     """The result of `kernel` if `at` is on a GPU with Triton, else that of `reference`.
 
-    A kernel that fails is not tried again in this process; one warning says so.
+    Triton launches on the current device, wherever its arguments lie: so that of `at` is made
+    current. From another one a kernel would not wait for those who write its arguments. A kernel
+    that fails is not tried again in this process; one warning says so.
     """
     if not runs_on(at) or name in FAILED:
         return reference()
     try:
-        return kernel()
+        with torch.cuda.device_of(at):
+            return kernel()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers raise errors of many kinds

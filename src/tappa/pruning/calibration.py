@@ -21,7 +21,12 @@ from tappa.capture import LayerView, prefill
 from tappa.checkpoint import fingerprint, first_line
 from tappa.errors import NonFiniteError, PruningError
 from tappa.files import digest_of, write_atomic
-from tappa.pruning.structure import attention_in, decoder_layers, heads_of, output_projection
+from tappa.pruning.structure import (
+    attention_in,
+    decoder_layers,
+    output_projection,
+    query_heads_of,
+)
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
 from tappa.tensor_parallel import HeadShards, local
@@ -231,7 +236,7 @@ class _Sums:
     output: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        layers, (heads, _) = decoder_layers(self.model), heads_of(self.model)
+        layers, heads = decoder_layers(self.model), query_heads_of(self.model)
         heads //= HeadShards.of(self.model).ranks
         self.cosines = torch.zeros(len(layers), dtype=torch.float64)
         self.similarity = torch.zeros(len(layers), heads, dtype=torch.float64)

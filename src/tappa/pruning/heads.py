@@ -17,9 +17,10 @@ from tappa.pruning.structure import (
     attention_in,
     check_plain,
     decoder_layers,
-    heads_of,
+    kv_heads_of,
     layer_path,
     output_projection,
+    query_heads_of,
 )
 
 Head = tuple[int, int]  # layer, query head or KV head
@@ -30,7 +31,7 @@ def silence_heads(model: PreTrainedModel, heads: Sequence[Head]) -> PreTrainedMo
 
     Memory and speed stay as they are. Raises PruningError for a head that does not exist.
     """
-    layers, (count, _) = decoder_layers(model), heads_of(model)
+    layers, count = decoder_layers(model), query_heads_of(model)
     _check(heads, len(layers), count, "query heads")
     with torch.no_grad():
         for layer, head in heads:
@@ -47,10 +48,10 @@ def remove_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> PreTrain
         PruningError: a group that does not exist, layers that lose different numbers of groups or
             all of them, or an attention whose projections are fused. Nothing is altered then.
     """
-    layers, (heads, kv_heads) = decoder_layers(model), heads_of(model)
-    _check(groups, len(layers), kv_heads, "KV heads")
     if not groups:
         return model
+    layers, heads, kv_heads = decoder_layers(model), query_heads_of(model), kv_heads_of(model)
+    _check(groups, len(layers), kv_heads, "KV heads")
     lost = Counter(layer for layer, _ in groups)
     each = lost[groups[0][0]]
     if any(lost[layer] != each for layer in range(len(layers))):

@@ -9,7 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tappa.errors import PruningError
+from tappa.head_counts import shares_keys
 from tappa.pruning.structure import check_plain, decoder_layers, layer_path
+
+OWN_ENTRIES = "per_layer_config"  # of a config: what single layers have of their own
 
 
 def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
@@ -35,7 +38,7 @@ def layers_removed(model: PreTrainedModel, removed: Sequence[int]) -> Iterator[P
     kept = kept_layers(model, removed)
     config = model.config.get_text_config()
     whole, changes = list(decoder_layers(model)), _changes(model, kept)
-    before = {name: getattr(config, name) for name in changes}
+    before = {name: _entry(config, name) for name in changes}
     _apply(model, [whole[i] for i in kept], changes)
     try:
         yield model
@@ -45,6 +48,8 @@ def layers_removed(model: PreTrainedModel, removed: Sequence[int]) -> Iterator[P
 
 def kept_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[int]:
     """The layers that stay. Raises PruningError for what cannot be removed."""
+    if removed:
+        _check_apart(model)
     count = len(decoder_layers(model))
     for layer in removed:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
@@ -65,7 +70,28 @@ def _changes(model: PreTrainedModel, kept: Sequence[int]) -> dict[str, Any]:
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, list | tuple) and len(value) == count:
             changes[name] = type(value)(value[i] for i in kept)
+    if getattr(config, "is_heterogeneous", False):  # some layers have entries of their own
+        of_layer = {int(layer): own for layer, own in _entry(config, OWN_ENTRIES).items()}
+        changes[OWN_ENTRIES] = {n: of_layer[i] for n, i in enumerate(kept) if i in of_layer}
     return changes
+
+
+def _entry(config: Any, name: str) -> Any:
+    """An entry of a config as it may be set."""
+    return config.to_dict()[name] if name == OWN_ENTRIES else getattr(config, name)
+
+
+def _check_apart(model: PreTrainedModel) -> None:
+    """Raises PruningError where layers need each other in ways that renumbering breaks."""
+    if shares_keys(model):
+        raise PruningError(
+            f"the last layers of {type(model).__name__} read the keys and values of earlier ones: "
+            "no layers can be removed"
+        )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise PruningError(
+            f"{type(model).__name__} has token embeddings for each layer: no layers can be removed"
+        )
 
 
 def _apply(model: PreTrainedModel, layers: Sequence[nn.Module], changes: dict[str, Any]) -> None:

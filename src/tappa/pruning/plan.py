@@ -14,7 +14,7 @@ from tappa.pruning.importance import HeadImportance, group_importance, head_impo
 from tappa.pruning.layers import layers_removed, remove_layers
 from tappa.pruning.measure import nll_of_windows
 from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
-from tappa.pruning.structure import heads_of
+from tappa.pruning.structure import kv_heads_of, query_heads_of
 from tappa.pruning.windows import Windows
 from tappa.tensor_parallel import require_whole
 
@@ -44,14 +44,14 @@ class Amounts:
     def check(self, model: PreTrainedModel) -> None:
         """Raises PruningError for what cannot be removed from this model, before any work."""
         check_order(self.order)
-        size, (heads, kv_heads) = describe(model), heads_of(model)
-        check_count(self.layers, size["layers"])
+        layers, heads = describe(model)["layers"], query_heads_of(model)
+        check_count(self.layers, layers)
         if self.importance not in get_args(HeadImportance):
             names = ", ".join(get_args(HeadImportance))
             raise PruningError(f"expected the importance {names}, got {self.importance!r}")
         for what, count, most in (
-            ("query heads of the model", self.query_heads, size["layers"] * heads),
-            ("KV heads of each layer", self.kv_groups, kv_heads),
+            ("query heads of the model", self.query_heads, layers * heads),
+            ("KV heads of each layer", self.kv_groups, kv_heads_of(model) if self.kv_groups else 1),
         ):
             if not 0 <= count < most:
                 raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
@@ -96,7 +96,7 @@ def plan(
         query_heads=_least(importance, amounts.query_heads),
         kv_groups=[
             (layer, int(group))
-            for layer, row in enumerate(group_importance(importance, heads_of(model)[1]))
+            for layer, row in enumerate(_group_importance(model, importance, amounts))
             for group in np.sort(np.argsort(row, kind="stable")[: amounts.kv_groups])
         ],
         settings=asdict(amounts),
@@ -129,6 +129,15 @@ def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
     silence_heads(model, wanted.query_heads)
     remove_kv_groups(model, wanted.kv_groups)
     return remove_layers(model, wanted.layers) if wanted.layers else model
+
+
+def _group_importance(
+    model: PreTrainedModel, importance: np.ndarray, amounts: Amounts
+) -> np.ndarray:
+    """Of the KV heads of every layer, of which there is none where none is to be removed."""
+    if not amounts.kv_groups:
+        return importance[:, :0]
+    return group_importance(importance, kv_heads_of(model))
 
 
 def _least(importance: np.ndarray, count: int) -> list[Head]:

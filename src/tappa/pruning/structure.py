@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tappa.checkpoint import first_line
 from tappa.errors import PruningError
+from tappa.head_counts import kv_heads, query_heads
 
 Shapes = Mapping[str, torch.Size]
 
@@ -55,11 +56,22 @@ def output_projection(attention: nn.Module) -> nn.Linear:
     )
 
 
-def heads_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Query heads and KV heads of a layer."""
-    config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+def query_heads_of(model: PreTrainedModel) -> int:
+    """Query heads of a layer. Raises PruningError where layers differ."""
+    return _in_all_layers(query_heads(model), "query heads")
+
+
+def kv_heads_of(model: PreTrainedModel) -> int:
+    """KV heads of a layer. Raises PruningError where layers differ."""
+    return _in_all_layers(kv_heads(model), "KV heads")
+
+
+def _in_all_layers(counts: list[int], what: str) -> int:
+    if min(counts) != max(counts):
+        raise PruningError(
+            f"expected equally many {what} in all layers, got {min(counts)} to {max(counts)}"
+        )
+    return counts[0]
 
 
 def edited(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -68,11 +80,18 @@ def edited(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedCo
         twin = copy.deepcopy(config)
         for name, value in changes.items():
             setattr(twin.get_text_config(), name, value)
-        return type(twin).from_dict(twin.to_dict())
+        made = type(twin).from_dict(twin.to_dict())
     except Exception as error:  # whatever a config's own validation raises
         raise PruningError(
             f"{type(config).__name__} refuses {dict(changes)}: {first_line(error)}"
         ) from error
+    wanted, came = (part.get_text_config().to_dict() for part in (twin, made))
+    for name in changes:
+        if came.get(name) != wanted.get(name):  # Gemma 4's last layer is always a full one
+            raise PruningError(
+                f"{type(config).__name__} makes {name} {came.get(name)}, expected {wanted[name]}"
+            )
+    return made
 
 
 def check_plain(model: PreTrainedModel, changes: Mapping[str, Any], shapes: Shapes) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tappa.errors import PruningError, TextError
 from tappa.files import digest_of
 from tappa.models import context_length
-from tappa.texts import MIN_TOKENS
+from tappa.texts import MIN_TOKENS, require_unicode
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Windows:
             raise PruningError(f"expected stride and limit >= 1, got {stride} and {limit}")
         found: list[list[int]] = []
         for text in [texts] if isinstance(texts, str) else texts:
+            require_unicode(text, "a text")
             ids = list(tokenizer(text, verbose=False).input_ids)
             last = max(len(ids) - window, 0)
             found += [ids[start : start + window] for start in range(0, last + 1, stride)]

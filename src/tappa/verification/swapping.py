@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tappa.errors import VerificationError
+from tappa.head_counts import kv_heads as kv_heads_of_layers
+from tappa.head_counts import query_heads
 from tappa.rope import RotaryChannels
 
 
@@ -105,20 +107,19 @@ def _rows(
     model: PreTrainedModel, layer: int, kv_heads: Sequence[int], dim: int
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Every tensor whose rows make queries or keys, and where those of the heads start."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    all_kv = getattr(config, "num_key_value_heads", None) or heads
+    heads, all_kv = query_heads(model)[layer], kv_heads_of_layers(model)[layer]
     group = heads // all_kv
     queries = [h * dim for g in kv_heads for h in range(g * group, (g + 1) * group)]
     keys = [g * dim for g in kv_heads]
     module: Any = attention_module(model, layer)
-    if isinstance(getattr(module, "q_proj", None), nn.Linear):
+    if all(isinstance(getattr(module, name, None), nn.Linear) for name in ("q_proj", "k_proj")):
         parts = [(module.q_proj, queries), (module.k_proj, keys)]
     elif isinstance(getattr(module, "qkv_proj", None), nn.Linear):
         parts = [(module.qkv_proj, [*queries, *(heads * dim + start for start in keys)])]
     else:
         raise VerificationError(
-            f"expected q_proj and k_proj (or qkv_proj), {type(module).__name__} has neither"
+            f"expected q_proj and k_proj (or qkv_proj), layer {layer} ({type(module).__name__}) "
+            "has neither"
         )
     for linear, starts in parts:
         for tensor in linear.parameters():

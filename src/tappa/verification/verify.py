@@ -2,7 +2,8 @@
 
 import difflib
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -142,9 +143,10 @@ def verify(
     factors = [1.0] if "relocation" in wanted.claims else []
     factors += FACTORS if "base" in wanted.claims else []
     if factors:
-        heads = wanted.heads or choose_heads(analysis, wanted.count)
-        moved = relocate(model, ids, heads, wanted.targets, factors, follow("relocating"))
-        found.relocations.extend(moved)
+        with _noted(found, "relocation", wanted):
+            heads, targets = _choice(analysis, wanted)
+            moved = relocate(model, ids, heads, targets, factors, follow("relocating"))
+            found.relocations.extend(moved)
     if "constructed" in wanted.claims:
         found.constructed.extend(check_constructed())
     if "observations" in wanted.claims:
@@ -153,14 +155,37 @@ def verify(
         _add_seasons(found, model, tokenizer, texts[first], analysis, wanted, follow("repeating"))
     if "sensitivity" in wanted.claims:
         prompts = _prompts(tokenizer, texts[first], wanted)
-        try:
+        with _noted(found, "sensitivity", wanted):
             measured = measure_sensitivity(model, prompts, progress=follow("cutting"))
-        except CompressionError as error:
-            found.notes.append(f"sensitivity is untestable: {error}")
-        else:
             found.sensitivity.extend(correlate(measured, analysis))
             found.needs.extend(layer_needs(measured, analysis))
     return found
+
+
+@contextmanager
+def _noted(found: Verified, claim: str, wanted: Verification) -> Iterator[None]:
+    """A claim that the model does not let us test is a note; what a caller names must exist."""
+    named = bool(wanted.heads) or tuple(wanted.targets) != TARGETS
+    try:
+        yield
+    except CompressionError as error:
+        found.notes.append(f"{claim} is untestable: {error}")
+    except VerificationError as error:
+        if named:
+            raise
+        found.notes.append(f"{claim} is untestable: {error}")
+
+
+def _choice(
+    analysis: Analysis, wanted: Verification
+) -> tuple[Sequence[tuple[int, int]], Sequence[int]]:
+    """The heads to alter, and to which channels: of the usual ones those that all heads have."""
+    heads = wanted.heads or choose_heads(analysis, wanted.count)
+    if tuple(wanted.targets) != TARGETS:
+        return heads, wanted.targets
+    channels = {layer.layer: len(layer.theta) for layer in analysis.layers}
+    fewest = min((channels.get(layer, 0) for layer, _ in heads), default=0)
+    return heads, [target for target in TARGETS if target < fewest]
 
 
 def _add_seasons(
@@ -180,9 +205,10 @@ def _add_seasons(
     if not prompts:
         found.notes.append("seasons are untestable: too few of them fit so few tokens")
         return
-    heads = wanted.heads or choose_heads(analysis, wanted.count)
-    found.resonances.extend(measure_moved(model, prompts[0], heads, wanted.targets))
-    found.observations.extend(resonates(found.resonances))
+    with _noted(found, "resonance", wanted):
+        heads, targets = _choice(analysis, wanted)
+        found.resonances.extend(measure_moved(model, prompts[0], heads, targets))
+        found.observations.extend(resonates(found.resonances))
 
 
 def _prompts(
