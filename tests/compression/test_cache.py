@@ -502,7 +502,7 @@ def test_a_recording_gives_the_caches_that_reading_gives(name: str, kind: str) -
         direct = cache_of(model, name, budget)
         with watched() as seen:
             run(model, PROMPT, direct)
-        seen.check_clear()
+        assert seen.cuts  # both ran the same kernels, so that near ties go the same way
         for mine, theirs in zip(cache.compressed_layers, direct.compressed_layers, strict=True):
             assert mine.storage().lengths == theirs.storage().lengths
             expected = theirs.storage().figures["position"]

@@ -46,10 +46,20 @@ def remove_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> PreTrain
 
     Raises:
         PruningError: a group that does not exist, layers that lose different numbers of groups or
-            all of them, or an attention whose projections are fused. Nothing is altered then.
+            all of them, an attention whose projections are fused, or one with a norm over all
+            heads, which would be another one. Nothing is altered then.
     """
-    if not groups:
-        return model
+    if groups:
+        changes = check_kv_groups(model, groups)
+        _apply(model, _sliced(model, groups), changes)
+    return model
+
+
+def check_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> dict[str, int]:
+    """The entries of the config of a model without these KV heads, if it would run.
+
+    Raises PruningError, as `remove_kv_groups` does; alters nothing and copies no weight.
+    """
     layers, heads, kv_heads = decoder_layers(model), query_heads_of(model), kv_heads_of(model)
     _check(groups, len(layers), kv_heads, "KV heads")
     lost = Counter(layer for layer, _ in groups)
@@ -63,23 +73,32 @@ def remove_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> PreTrain
         )
     if each == kv_heads:
         raise PruningError(f"cannot remove all {kv_heads} KV heads of a layer: one must stay")
-    sliced: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        kept = sorted(set(range(kv_heads)) - {g for at, g in groups if at == number})
-        prefix = f"{layer_path(model)}.{number}."
-        name = next(n for n, m in layer.named_modules() if m is attention_in(layer))
-        for tensor_name, tensor in _slices(attention_in(layer), kept, heads, kv_heads).items():
-            sliced[f"{prefix}{name}.{tensor_name}"] = tensor
-    left, width = kv_heads - each, attention_in(layers[0]).head_dim
+    left = kv_heads - each
     changes = {
         "num_attention_heads": left * (heads // kv_heads),
         "num_key_value_heads": left,
-        "head_dim": width,
+        "head_dim": attention_in(layers[0]).head_dim,
     }
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    sliced = _sliced(model, groups, device="meta")
     check_plain(model, changes, shapes | {name: x.shape for name, x in sliced.items()})
-    _apply(model, sliced, changes)
-    return model
+    return changes
+
+
+def _sliced(
+    model: PreTrainedModel, groups: Sequence[Head], device: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of all attention modules without these KV heads, by name."""
+    heads, kv_heads = query_heads_of(model), kv_heads_of(model)
+    found: dict[str, Tensor] = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        kept = sorted(set(range(kv_heads)) - {g for at, g in groups if at == number})
+        attention = attention_in(layer)
+        name = next(n for n, m in layer.named_modules() if m is attention)
+        prefix = f"{layer_path(model)}.{number}.{name}."
+        for part, tensor in _slices(attention, kept, heads, kv_heads, device).items():
+            found[prefix + part] = tensor
+    return found
 
 
 def _check(heads: Sequence[Head], layers: int, count: int, what: str) -> None:
@@ -94,7 +113,7 @@ def _check(heads: Sequence[Head], layers: int, count: int, what: str) -> None:
 
 
 def _slices(
-    attention: nn.Module, kept: Sequence[int], heads: int, kv_heads: int
+    attention: nn.Module, kept: Sequence[int], heads: int, kv_heads: int, device: str | None
 ) -> dict[str, Tensor]:
     """The tensors of an attention module that has only some KV groups left."""
     group = heads // kv_heads
@@ -112,11 +131,11 @@ def _slices(
                 "none: its KV groups cannot be sliced out (single heads can be silenced)"
             )
         for part, tensor in linear.named_parameters():
-            by_head = tensor.detach().unflatten(0, (count, -1))
+            by_head = tensor.detach().to(device).unflatten(0, (count, -1))
             found[f"{name}.{part}"] = by_head[list(rows)].flatten(0, 1).contiguous()
     out = output_projection(attention)
     out_name = next(name for name, module in attention.named_modules() if module is out)
-    columns = out.weight.detach().unflatten(1, (heads, -1))[:, queries]
+    columns = out.weight.detach().to(device).unflatten(1, (heads, -1))[:, queries]
     found[f"{out_name}.weight"] = columns.flatten(1, 2).contiguous()
     return found
 

@@ -26,10 +26,20 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedM
             config cannot describe what is left. Nothing is altered then.
     """
     kept = kept_layers(model, removed)
-    changes = _changes(model, kept)
-    check_plain(model, changes, _shapes(model, kept))
+    changes = check_layers(model, removed)
     _apply(model, [decoder_layers(model)[i] for i in kept], changes)
     return model
+
+
+def check_layers(model: PreTrainedModel, removed: Sequence[int]) -> dict[str, Any]:
+    """The entries of the config of a model without these layers, if it would run.
+
+    Raises PruningError, as `remove_layers` does, and alters nothing.
+    """
+    kept = kept_layers(model, removed)
+    changes = _changes(model, kept)
+    check_plain(model, changes, _shapes(model, kept))
+    return changes
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from tappa.analysis import Analysis, describe
 from tappa.errors import PruningError
 from tappa.pruning.calibration import Calibration, Progress
-from tappa.pruning.heads import Head, remove_kv_groups, silence_heads
+from tappa.pruning.heads import Head, check_kv_groups, remove_kv_groups, silence_heads
 from tappa.pruning.importance import HeadImportance, group_importance, head_importance
-from tappa.pruning.layers import layers_removed, remove_layers
+from tappa.pruning.layers import check_layers, layers_removed, remove_layers
 from tappa.pruning.measure import nll_of_windows
 from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
 from tappa.pruning.structure import kv_heads_of, query_heads_of
@@ -57,6 +57,8 @@ class Amounts:
                 raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
         if not 0 <= self.beta < float("inf"):
             raise PruningError(f"expected a finite beta >= 0, got {self.beta!r}")
+        if self.kv_groups:  # which ones does not matter: every model that lacks as many is alike
+            check_kv_groups(model, [(i, g) for i in range(layers) for g in range(self.kv_groups)])
 
 
 def plan(
@@ -124,8 +126,14 @@ def prune(
 
 
 def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
-    """Remove what a plan says, in place. Raises ModelError for a model that is split."""
+    """Remove what a plan says, in place. Raises ModelError for a model that is split.
+
+    Raises PruningError for what would not run, before anything is altered.
+    """
     require_whole(model, "remove layers or heads")
+    if wanted.kv_groups:
+        check_kv_groups(model, wanted.kv_groups)
+    check_layers(model, wanted.layers)
     silence_heads(model, wanted.query_heads)
     remove_kv_groups(model, wanted.kv_groups)
     return remove_layers(model, wanted.layers) if wanted.layers else model

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tappa.checkpoint import first_line
 from tappa.errors import PruningError
 from tappa.head_counts import kv_heads, query_heads
+from tappa.pruning.trial import obstacle
 
 Shapes = Mapping[str, torch.Size]
 
@@ -95,7 +96,7 @@ def edited(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedCo
 
 
 def check_plain(model: PreTrainedModel, changes: Mapping[str, Any], shapes: Shapes) -> None:
-    """Whether plain transformers would build exactly these tensors from the changed config.
+    """Whether plain transformers would build exactly these tensors of the changed config, and run.
 
     Raises PruningError, before anything of the model is altered, where it would not.
     """
@@ -118,6 +119,9 @@ def check_plain(model: PreTrainedModel, changes: Mapping[str, Any], shapes: Shap
             f"a plain checkpoint of {type(model).__name__} cannot hold this: {name} would be "
             f"{_shape(wanted, name)}, the pruned one is {_shape(shapes, name)}"
         )
+    if failure := obstacle(config, model.config):
+        reason = f"with {dict(changes)} does not run: {first_line(failure)}"
+        raise PruningError(f"a plain {type(model).__name__} {reason}") from failure
 
 
 def _shape(shapes: Shapes, name: str) -> str:
