@@ -261,8 +261,9 @@ def test_recordings_stacks_and_steps_are_as_reading(name: str) -> None:
     cache.frozen = True  # as a stack is
     expected = read(model, more, cache)
     close(read(model, more.repeat(2, 1), stacked), expected.repeat(2, 1, 1))
-    with pytest.raises(CompressionError, match="cannot decode in fixed steps"):
-        generate(compressed(model, "snapkv", 24, window=7), prompt, 4, graph=True)
+    if not (name == "youtu" and cache.compressed_layers[0].plain):  # older ones cache all keys
+        with pytest.raises(CompressionError, match="cannot decode in fixed steps"):
+            generate(compressed(model, "snapkv", 24, window=7), prompt, 4, graph=True)
     written = generate(compressed(model, "snapkv", 24, window=7), prompt, 4)
     assert written.shape == (1, READ + 4)
 
