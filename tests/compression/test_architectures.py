@@ -1,5 +1,6 @@
 """Compression on architectures that do more with a cache than hand its keys to their attention."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 
 from tappa.cache_argument import with_cache
 from tappa.compression import CompressedCache, compressed, generate, record, stack_caches
-from tappa.compression.fit import check_mask, expansion_of, kv_heads_by_layer
+from tappa.compression.fit import check_mask, expansion_of
 from tappa.compression.layer import CompressedLayer
 from tappa.errors import CompressionError
 from tappa.interface import AttentionSwitch
@@ -189,8 +190,8 @@ def test_decoding_is_that_of_the_full_cache_without_the_dropped_tokens(
 ) -> None:
     if name in PLAIN_ONLY and method == "expected_attention":
         pytest.skip("needs the rotation of queries")
-    options: dict[str, Any] = {} if method == "expected_attention" else {"window": 7}
     model = make(name)
+    options: dict[str, Any] = {} if method == "expected_attention" else {"window": 7}
     cache = compressed(model, method, 24, every=3, **options)
     reference = Masked(model, KINDS[name], cache)
     for piece in pieces():
@@ -260,8 +261,9 @@ def test_recordings_stacks_and_steps_are_as_reading(name: str) -> None:
     cache.frozen = True  # as a stack is
     expected = read(model, more, cache)
     close(read(model, more.repeat(2, 1), stacked), expected.repeat(2, 1, 1))
-    with pytest.raises(CompressionError, match="cannot decode in fixed steps"):
-        generate(compressed(model, "snapkv", 24, window=7), prompt, 4, graph=True)
+    if not (name == "youtu" and cache.compressed_layers[0].plain):  # older ones cache all keys
+        with pytest.raises(CompressionError, match="cannot decode in fixed steps"):
+            generate(compressed(model, "snapkv", 24, window=7), prompt, 4, graph=True)
     written = generate(compressed(model, "snapkv", 24, window=7), prompt, 4)
     assert written.shape == (1, READ + 4)
 
@@ -274,21 +276,6 @@ def test_layers_with_fewer_heads_get_a_smaller_part_of_the_budget() -> None:
         assert cache.total(0) == 7 * 20, "KV heads 2 + 1 + 2 + 2"
         sums = [sum(layer.storage().lengths) for layer in cache.compressed_layers]
         assert sums == [40, 20, 40, 40]
-
-
-def test_heads_of_layers_to_come_are_known_from_the_config() -> None:
-    model = make("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0)
-    assert kv_heads_by_layer(model) == [2, 2, 2, 2]
-    heads = {1: {"num_key_value_heads": 1}, 3: {"num_key_value_heads": 4}}
-    model = make(
-        "gemma4_text",
-        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "per_layer_config": heads},
-    )
-    cache = compressed(model, "snapkv", 20, window=7)
-    read(model, PROMPT[:, :80], cache)
-    assert kv_heads_by_layer(model) == [2, 1, 2, 4]
-    assert [len(layer.storage().lengths) for layer in cache.compressed_layers] == [1, 4]
-    assert [sum(layer.storage().lengths) for layer in cache.compressed_layers] == [20, 80]
 
 
 @pytest.mark.parametrize(
@@ -328,18 +315,20 @@ def test_attention_that_never_sees_the_cache_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_keys_that_attention_gets_must_follow_from_those_cached() -> None:
-    cached = k, v = torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 4)
+    cached = torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 4)
     module = torch.nn.Module()
     assert expansion_of(module, cached, cached) is None
-    turned = expansion_of(module, cached, (k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1)))
+    keys, values = cached
+    turned = expansion_of(module, cached, (keys.repeat(1, 3, 1, 1), values.repeat(1, 3, 1, 1)))
     assert turned is not None
     assert turned.heads == (0, 1, 0, 1, 0, 1)
     assert turned.mean_of([1.0, 10.0, 2.0, 20.0, 6.0, 60.0]) == [3, 30]
     assert turned.mean(torch.arange(6.0)[:, None]).tolist() == [[2], [3]]
-    runs = expansion_of(module, cached, (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+    twice = keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1)
+    runs = expansion_of(module, cached, twice)
     assert runs is not None
     assert runs.heads == (0, 0, 1, 1)
-    for others in ((2 * cached[0], cached[1]), (cached[0], cached[1][:, [1, 0]])):
+    for others in ((2 * keys, values), (keys, values[:, [1, 0]])):
         with pytest.raises(CompressionError, match="other keys or values"):
             expansion_of(module, cached, others)
     with pytest.raises(CompressionError, match="one mask for all heads"):
@@ -363,6 +352,11 @@ def by_reading_anew(model: Any, ids: Tensor, new: int) -> Tensor:
     return ids
 
 
+def keeps_the_text(model: Any) -> bool:
+    """Whether this transformers, when it drops a cache, still has all the tokens."""
+    return "next_sequence_length" in inspect.getsource(type(model).prepare_inputs_for_generation)
+
+
 @pytest.mark.parametrize("length", [80, 84, 86])
 def test_a_text_that_outgrows_the_short_rope_is_read_again(length: int) -> None:
     model, ids = long_phi(), PROMPT[:, :length]
@@ -373,17 +367,12 @@ def test_a_text_that_outgrows_the_short_rope_is_read_again(length: int) -> None:
     assert cache.tokens_held() <= 24
     assert cache.tokens_seen == length + 8
     cache, options = compressed(model, "full"), {"do_sample": False, "max_new_tokens": 9}
-    refused, written = "", torch.empty(0)
-    try:
-        written = model.generate(ids, **with_cache(model, cache), **options)
-    except CompressionError as error:  # of a transformers that loses the text
-        refused = str(error)
-    if refused:
-        assert length <= 84
-        assert "throws its cache away when a text grows past 84" in refused
-    else:
-        assert torch.equal(written, expected)
-        assert cache.tokens_seen == length + 8
+    if length <= 84 and not keeps_the_text(model):
+        with pytest.raises(CompressionError, match=r"throws its cache away .* past 84"):
+            model.generate(ids, **with_cache(model, cache), **options)
+        return
+    assert torch.equal(model.generate(ids, **with_cache(model, cache), **options), expected)
+    assert cache.tokens_seen == length + 8
 
 
 def test_a_text_that_outgrows_the_short_rope_needs_all_its_tokens() -> None:

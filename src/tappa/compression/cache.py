@@ -17,7 +17,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -25,18 +25,14 @@ from transformers.cache_utils import (
 
 from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
-from tappa.compression.fit import (
-    KeyFlow,
-    check_border,
-    check_mask,
-    kv_heads_by_layer,
-    rereads_after,
-)
+from tappa.compression.fit import check_expansion, check_mask
 from tappa.compression.hooks import LateHook, remove_all
+from tappa.compression.key_flow import NO_LAYERS, KeyFlow
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.newest import NewestTokens
 from tappa.compression.observation import Observation
+from tappa.compression.rereading import check_border, reads_anew
 from tappa.compression.scorers import received_by
 from tappa.compression.serving import served_by, start_serving, stop_serving
 from tappa.errors import CompressionError
@@ -50,8 +46,6 @@ from tappa.tensor_parallel import HeadShards
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
 KERNELS = ("sdpa", "eager", "flash_attention_2")
-# in the place of layers that have no keys of their own, where transformers has such a class
-NO_LAYERS = {kind for kind in [getattr(cache_utils, "DummyLayer", None)] if kind is not None}
 
 
 class CompressedCache(DynamicCache):
@@ -90,7 +84,7 @@ class CompressedCache(DynamicCache):
         self._used = False  # since `with` was entered
         self.recorder: Recorder | None = None  # is shown the queries of a whole prompt
         self._known_rotary: RotaryChannels | None = None
-        self.shards, self._border = HeadShards.of(model), rereads_after(model)
+        self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
         known = {DynamicLayer, DynamicSlidingWindowLayer, *NO_LAYERS}
         kinds = {type(layer) for layer in self.layers} - known
@@ -107,15 +101,13 @@ class CompressedCache(DynamicCache):
             )
         for index, layer in enumerate(full):
             self.layers[layer] = CompressedLayer(index, method, self.shards)
-        by_layer = kv_heads_by_layer(model)  # as far as is known before they come
-        self._expected = [1 if by_layer is None else by_layer[number] for number in full]
         self._connect(AttentionSwitch(model, LateHook(self._attend)), RotaryProbe(model))
 
     def _connect(self, switch: AttentionSwitch, probe: RotaryProbe) -> None:
         """Watch the model's forward passes for as long as this cache lives."""
         self.switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
-        self._flow = KeyFlow()
+        self._flow = KeyFlow(self.model)
         self._asked = False  # whether it is empty, since the model ran last
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
@@ -257,7 +249,8 @@ class CompressedCache(DynamicCache):
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given, ids = cache_among(kwargs), _inputs(args, kwargs)
         starts = served_by(model) is self and _starts_prompt(given, kwargs)
-        if starts or (given is None and self._thrown_away(ids, kwargs.get("attention_mask"))):
+        asked, mask = self._asked and given is None, kwargs.get("attention_mask")
+        if starts or (asked and reads_anew(self.model, self.tokens_seen, self.frozen, ids, mask)):
             self.reset()
             given = self
         self._asked = False
@@ -283,21 +276,6 @@ class CompressedCache(DynamicCache):
             self._hooks = self._probe.hooks()
         return args, kwargs
 
-    def _thrown_away(self, ids: Tensor | None, mask: Tensor | None) -> bool:
-        """Whether `generate` reads a whole text again, without the cache that it was given."""
-        border, seen = self._border if self._asked else None, self.tokens_seen
-        if ids is None or border is None:
-            return False
-        length = ids.shape[1] if mask is None else mask.shape[1]
-        if not seen <= border < length:
-            return False
-        if seen and (self.frozen or ids.shape[1] < length):
-            raise CompressionError(
-                f"{type(self.model).__name__} throws its cache away when a text grows past "
-                f"{border} tokens, where its RoPE has other frequencies: {seen} were in it"
-            )
-        return True
-
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if not self._running:
             return
@@ -306,8 +284,6 @@ class CompressedCache(DynamicCache):
         for hook in self._hooks:
             hook.remove()
         self._failed = output is None
-        unread = [n for n in self._flow.unread() if isinstance(self.layers[n], CompressedLayer)]
-        self._flow.forget()
         self._settle()
         self._hooks, self._position_ids, self._newest = [], torch.empty(0), NewestTokens()
         self._probe.forget()
@@ -315,28 +291,21 @@ class CompressedCache(DynamicCache):
         self.__dict__.pop("shared_layers", None)  # where Gemma 3n leaves keys for later layers
         for layer in self.compressed_layers:
             layer.forget_ranks()
-        if output is not None:
-            self._check_all_read(unread)
-
-    def _check_all_read(self, unread: list[int]) -> None:
-        """After a forward pass: every layer must have been written and read."""
-        seen, layers = self.tokens_seen, enumerate(self.layers)
-        unread += [n for n, x in layers if isinstance(x, CompressedLayer) and x.seen != seen]
-        if unread:
+        try:
+            if output is not None:
+                self._flow.check_all_read(self.layers, self.tokens_seen)
+        except CompressionError:
             self._failed = True
-            raise CompressionError(
-                f"{type(self.model).__name__} does not attend to its cache layer by layer (layers "
-                f"{', '.join(map(str, sorted(set(unread))))} of {len(self.layers)}): "
-                "it cannot be compressed"
-            )
+            raise
+        finally:
+            self._flow.forget()
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
         """Refuse what would give wrong results, before anything runs."""
         new, seen = ids.shape[1], self.tokens_seen
         if self._failed:
             raise CompressionError("the last forward pass on this cache failed: call reset() first")
-        if self._border is not None:
-            check_border(self.model, seen, seen + new)
+        check_border(self.model, seen, seen + new)
         implementation = self.switch.config._attn_implementation
         if implementation not in KERNELS:
             raise CompressionError(
@@ -385,9 +354,11 @@ class CompressedCache(DynamicCache):
         if self._probe.probing:
             return self._probe.answer(query, key, value)
         kernel = self.switch.own_kernel(module)
-        layer, first = self._layer_of(module, key, value)
+        layer, first = self._flow.layer_of(self.layers, module, key, value)
         if layer is None:
             return kernel(module, query, key, value, attention_mask, **kwargs)
+        if layer.expansion is not None:
+            check_expansion(module, self.switch.wrapped, self.shards.ranks)
         if first:
             layer.attention, layer.module = attention_of(module, query, kwargs), module
         if self.evicting or self._valid is not None or not layer.whole:
@@ -414,53 +385,6 @@ class CompressedCache(DynamicCache):
             self.observe(layer, query)
         elif self._valid is not None:
             layer.drop_padding(self._valid.to(query.device))
-
-    def _layer_of(
-        self, module: nn.Module, key: Tensor, value: Tensor
-    ) -> tuple[CompressedLayer | None, bool]:
-        """The compressed layer whose keys these are, and whether they are seen for the first time.
-
-        None for a sliding window and for attention that has no cache, such as that of an encoder.
-        """
-        arrival = self._flow.arrived(module, key, value)
-        number = getattr(module, "layer_idx", None)
-        if arrival is None:
-            if getattr(module, "config", None) is self.switch.config:
-                self._check_unknown(module, number)
-            return None, True
-        layer = self.layers[arrival.layer]
-        if not isinstance(layer, CompressedLayer):
-            return None, True
-        if arrival.first:
-            layer.expansion = arrival.expansion
-        layer.plain &= arrival.first and arrival.expansion is None and number == arrival.layer
-        if layer.expansion is not None:
-            self._check_expansion(module)
-        return layer, arrival.first
-
-    def _check_unknown(self, module: nn.Module, number: int | None) -> None:
-        """Refuse attention to keys that the cache has not returned, where it should have."""
-        if number is None:
-            return
-        slot = self.layers[number] if number < len(self.layers) else None
-        if slot is None or isinstance(slot, CompressedLayer) or type(slot) in NO_LAYERS:
-            raise CompressionError(
-                f"{type(module).__name__} of layer {number} attends to keys that did not come from "
-                "the cache: it cannot be compressed"
-            )
-
-    def _check_expansion(self, module: nn.Module) -> None:
-        name = type(module).__name__
-        if self.switch.wrapped.startswith("flash"):
-            raise CompressionError(
-                f"{name} expands what it caches, which is compressed with attention by sdpa or "
-                f"eager, not {self.switch.wrapped}"
-            )
-        if self.shards.ranks > 1:
-            raise CompressionError(
-                f"{name} expands what it caches: it cannot be compressed where heads are split "
-                "over processes"
-            )
 
     # ---- compression
 
@@ -608,16 +532,9 @@ class CompressedCache(DynamicCache):
         return max(int(each * heads), self.method.least * heads)
 
     def _kv_heads(self) -> list[int]:
-        """KV heads of every layer, of all ranks; of layers that are still to come, by the config.
-
-        Layers may differ in them.
-        """
-        layers, expected = self.compressed_layers, self._expected
-        known = layers[0].kv_heads * self.shards.ranks
-        return [
-            layer.kv_heads * self.shards.ranks or max(1, known * hint // expected[0])
-            for layer, hint in zip(layers, expected, strict=True)
-        ]
+        """KV heads of every layer, of all ranks; layers to come are taken to be like the first."""
+        layers = self.compressed_layers
+        return [(each.kv_heads or layers[0].kv_heads) * self.shards.ranks for each in layers]
 
     def make_room(self, new: int) -> None:
         """Before new tokens come, drop as many that the budget holds with them, in one go for

@@ -12,9 +12,9 @@ from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
-from tappa.compression.fit import crosses_border
 from tappa.compression.greedy import kept
 from tappa.compression.options import check_ids
+from tappa.compression.rereading import crosses_border
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
 

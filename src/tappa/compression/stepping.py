@@ -8,8 +8,8 @@ from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, FixedReader
 from tappa.compression.eviction import Evictor, sums_of_ranks
-from tappa.compression.fit import crosses_border
 from tappa.compression.fixed import Counts, FixedKV
+from tappa.compression.rereading import crosses_border
 
 PERIOD = 16  # steps at most between two looks at what was written
 
