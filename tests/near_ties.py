@@ -57,7 +57,9 @@ class Watched:
             mine, theirs = (x[row, : prompt + count].tolist() for x in (actual, expected))
             told = f"row {row} differs in the {count} of {steps} steps before the first near tie"
             assert mine == theirs, told
-        assert min(clear) >= least, f"a near tie after {min(clear)} steps: choose another prompt"
+        of = "logits" if self.tied is None or self.tied > min(clear) else "a cut"
+        told = f"a near tie of {of} after {min(clear)} steps: choose another prompt"
+        assert min(clear) >= least, told
         if min(clear) < steps:
             return False
         assert actual.shape == expected.shape
