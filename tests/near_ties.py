@@ -38,11 +38,8 @@ class Watched:
 
     def clear_steps(self, row: int) -> int:
         """Steps before the first near tie of a row."""
-        best = [x[row].float().topk(2).values for x in self.logits]
-        sizes = [x[row].float().abs().max() for x in self.logits]
-        gaps = [float((a - b) / size) for (a, b), size in zip(best, sizes, strict=True)]
-        ties = [step for step, gap in enumerate(gaps) if not gap >= CLOSE]
-        return min([len(gaps), *ties] + ([] if self.tied is None else [self.tied]))
+        ties = [step for step, x in enumerate(self.logits) if _near_tie(x[row])]
+        return min([len(self.logits), *ties] + ([] if self.tied is None else [self.tied]))
 
     def check_text(self, actual: Any, expected: Any, least: int) -> bool:
         """Whether texts are the same to their end, where no step is a near tie.
@@ -57,7 +54,9 @@ class Watched:
             mine, theirs = (x[row, : prompt + count].tolist() for x in (actual, expected))
             told = f"row {row} differs in the {count} of {steps} steps before the first near tie"
             assert mine == theirs, told
-        assert min(clear) >= least, f"a near tie after {min(clear)} steps: choose another prompt"
+        of = "logits" if self.tied is None or self.tied > min(clear) else "a cut"
+        told = f"a near tie of {of} after {min(clear)} steps: choose another prompt"
+        assert min(clear) >= least, told
         if min(clear) < steps:
             return False
         assert actual.shape == expected.shape
@@ -67,10 +66,13 @@ class Watched:
         """Something was chosen, and nothing between near ties: both sides must choose alike."""
         assert self.cuts or self.logits
         assert self.tied is None, "a cut is a near tie: choose another prompt"
-        for row in range(len(self.logits[0]) if self.logits else 0):
-            clear = self.clear_steps(row)
-            told = f"row {row} has a near tie after {clear} steps: choose another prompt"
-            assert clear == len(self.logits), told
+        ties = [step for step, x in enumerate(self.logits) if any(map(_near_tie, x))]
+        assert not ties, f"near ties of logits in passes {ties}: choose another prompt"
+
+
+def _near_tie(logits: Tensor) -> bool:
+    best, second = logits.float().topk(2).values
+    return not float(best - second) >= CLOSE * float(logits.abs().max())
 
 
 @contextmanager

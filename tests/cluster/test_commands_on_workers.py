@@ -79,6 +79,7 @@ def killed(command: Sequence[object], done: Callable[[], int]) -> int:
     return done()
 
 
+@pytest.mark.same_kernel
 def test_an_analysis_that_is_killed(
     run: Run, model: Path, texts: list[Path], two: Any, begun: list[str], tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_an_analysis_that_is_killed(
         np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
 
 
+@pytest.mark.same_kernel
 def test_an_evaluation_that_is_killed(
     run: Run, model: Path, two: Any, begun: list[str], tmp_path: Path
 ) -> None:

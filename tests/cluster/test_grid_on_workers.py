@@ -66,6 +66,7 @@ def check_same(mine: Path, theirs: Path) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.same_kernel
 def test_workers_answer_as_one_process_does(
     source: ModelSource, whole: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_workers_answer_as_one_process_does(
     assert (run["workers"], run["batch"]) == (2, 1)
 
 
+@pytest.mark.same_kernel
 def test_an_interrupted_grid_goes_on(source: ModelSource, whole: Path, tmp_path: Path) -> None:
     first = evaluate_grid(Elsewhere(source, stop=2), WANTED, tmp_path)
     assert (first.outcome.answered, first.outcome.left) == (2, 4)
@@ -138,6 +140,7 @@ def test_workers_halve_what_does_not_fit(source: ModelSource, whole: Path, tmp_p
         assert keys[0] == keys[1]
 
 
+@pytest.mark.same_kernel
 def test_cells_that_fail_are_named_and_the_tables_written(
     source: ModelSource, whole: Path, tmp_path: Path
 ) -> None:

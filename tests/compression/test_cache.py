@@ -490,6 +490,7 @@ def _nothing_left() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("name", COMPRESSING)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_recording_gives_the_caches_that_reading_gives(name: str, kind: str) -> None:

@@ -133,7 +133,7 @@ def test_the_cache_goes_on_after_fixed_steps() -> None:
 
 def test_rows_end_where_transformers_ends_them() -> None:
     model = tiny_model("llama")
-    ids = PROMPT[:, :210].view(3, 70)
+    ids = PROMPT.roll(1, 1)[:, :210].view(3, 70)
     other = endless()
     free = by_transformers(other, compressed(other, "full"), ids, 40)[:, 70:]
     ends = [int(free[0, 3]), int(free[1, 11])]  # rows end early, at different steps

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tappa
+from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.errors import CompressionError, EvaluationError
 from tappa.evaluation.evaluate import Evaluation, describe_outcome, evaluate
@@ -162,7 +163,9 @@ def test_cells_that_write_side_by_side_write_what_each_writes_alone(
     lm.forget()
     together = sample.answers(lm, lm.cells)
     lm.forget()
-    alone = [sample.answers(lm, [cell])[0] for cell in lm.cells]
+    with watched(lm.model, cuts=False) as seen:
+        alone = [sample.answers(lm, [cell])[0] for cell in lm.cells]
+    seen.check_clear()
     assert together == alone
     assert len({answer["response"][0] for answer in together}) > 2
 
@@ -174,7 +177,9 @@ def test_samples_answered_together_get_the_answers_of_each_alone(
     names = ["local_single_doc", "local_number_recall"]
     samples = samples_of(names, lm, Source(3, (700,)), tmp_path / "tasks")
     cells = cells_of(["full", "snapkv", "tappa"], [40, 64])
-    run_grid(lm, samples, cells, tmp_path / "alone")
+    with watched(lm.model, cuts=False) as seen:
+        run_grid(lm, samples, cells, tmp_path / "alone")
+    seen.check_clear()
     run_grid(lm, samples[1:2], cells, tmp_path / "together")
     outcome = run_grid(lm, samples, cells, tmp_path / "together", batch=3)
     assert (outcome.found, outcome.answered) == (1, 5)
