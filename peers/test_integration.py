@@ -38,13 +38,18 @@ from tappa.integrations.kvpress import TappaPress, scorer_of
 from tiny import save_tiny, tiny_model
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. " * 4
-PROMPT = torch.randint(3, 101, (1, 120), generator=torch.Generator().manual_seed(3))
+# no token twice: the first layer's keys of equal tokens have equal norms, up to rounding
+PROMPT = 3 + torch.randperm(208, generator=torch.Generator().manual_seed(3))[None, :120]
 LAYERS = 4
+
+
+def model_of(**changes) -> PreTrainedModel:
+    return tiny_model("llama", vocab_size=211, **changes)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> PreTrainedModel:
-    return tiny_model("llama", num_hidden_layers=LAYERS)
+    return model_of(num_hidden_layers=LAYERS)
 
 
 def held_by(model: PreTrainedModel, press, ids: Tensor = PROMPT) -> list[Tensor]:
@@ -134,7 +139,7 @@ def test_scorer_of_in_a_context_that_is_asked_questions(smollm2, ids):
 
 
 def test_a_rotary_embedding_is_only_lent():
-    model = tiny_model("llama")
+    model = model_of()
     press = ExpectedAttentionPress(n_future_positions=16)
     read(model, Method(scorer_of(press, model), budgets.uniform(), 0), 30)
     assert not any("rotary_emb" in dict(a.self_attn.named_children()) for a in model.model.layers)
@@ -203,7 +208,7 @@ def test_tappa_press_keeps_what_tappas_cache_keeps(tiny, name, budget):
 
 
 def test_tappa_press_with_a_rule_and_attention_weights():
-    model = tiny_model("llama", num_hidden_layers=LAYERS, attn_implementation="eager")
+    model = model_of(num_hidden_layers=LAYERS, attn_implementation="eager")
     press = TappaPress(ObservedAttentionPress(), 0.5, budgets.similarity())
     counts = [keys.shape[2] for keys in held_by(model, press)]
     assert LAYERS * 59 < sum(counts) <= LAYERS * 60
@@ -240,7 +245,7 @@ def test_a_failed_pass_leaves_nothing_behind(tiny):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_many_new_tokens_at_once_as_one_by_one(kernel):
     """transformers makes one mask, as long as the first layer; others hold more or fewer tokens."""
-    model = tiny_model("llama", num_hidden_layers=LAYERS, attn_implementation=kernel)
+    model = model_of(num_hidden_layers=LAYERS, attn_implementation=kernel)
     question = PROMPT[:, 50:57]
     logits = []
     for size in (1, 3, 7):
