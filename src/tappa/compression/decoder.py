@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tappa.cache_argument import with_cache
-from tappa.compression.fixed import RUNNING, FixedKV, attend
+from tappa.compression.fixed import FixedKV, attend, running
 from tappa.interface import AttentionSwitch
 from tappa.kernels.gemv import FewVectors
 from tappa.tensor_parallel import HeadShards
@@ -27,7 +27,7 @@ class FixedReader:
     def __init__(
         self, model: PreTrainedModel, fixed: FixedKV, switch: AttentionSwitch, compiled: bool
     ) -> None:
-        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False, name="fixed")
+        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False)
         self.cache_argument = with_cache(model, fixed)
         self.forward: Callable[..., Any] = model.forward  # without hooks, which look at the CPU
         if compiled:
@@ -38,9 +38,8 @@ class FixedReader:
     ) -> Float[Tensor, "rows vocabulary"]:
         """Logits of the next token."""
         self.switch.on()
-        RUNNING.append(self.fixed)
         try:
-            with FewVectors():
+            with running(self.fixed), FewVectors():
                 output = self.forward(
                     input_ids=tokens,
                     position_ids=position_ids,
@@ -48,7 +47,6 @@ class FixedReader:
                     **self.cache_argument,
                 )
         finally:
-            RUNNING.remove(self.fixed)
             self.switch.off()
         self.fixed.advance()
         return output.logits[:, -1]
