@@ -49,10 +49,12 @@ class AttentionSwitch:
     def renewed(self, attend: Attend, masks: bool = True) -> "AttentionSwitch":
         """One of the same model for another function: it need not look at all modules again.
 
-        Where it makes no masks, torch.compile can follow `attend`: it must be the same each time.
+        Where it makes no masks, torch.compile follows `attend`: it must be the same each time.
         """
         twin = copy(self)
         twin.attend, twin.masks = attend, masks
+        if not masks and attend not in _followed:
+            _followed.append(attend)
         return twin
 
     @property
@@ -153,8 +155,9 @@ def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tenso
     """What models call while a switch is on, in any thread."""
     if not torch.compiler.is_compiling():
         return _choose(module)(module, *args, **kwargs)
-    traced = _traced()
-    return (traced or _outside_the_graph)(module, *args, **kwargs)
+    number = _followed_here()
+    attend = _outside_the_graph if number is None else _followed[number]
+    return attend(module, *args, **kwargs)
 
 
 def _choose(module: nn.Module) -> Attend:
@@ -170,14 +173,14 @@ def _outside_the_graph(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _choose(module)(module, *args, **kwargs)
 
 
-@torch.compiler.assume_constant_result
-def _traced() -> Attend | None:
-    """The function that torch.compile follows, of a switch without masks.
+_followed: list[Attend] = []  # by torch.compile: functions of switches without masks
 
-    A constant of a compiled step: what runs on such a switch has a cache of a kind of its own.
-    """
+
+# what runs on such a switch has a cache of a kind of its own: constants of what is compiled for it
+@torch.compiler.assume_constant_result
+def _followed_here() -> int | None:
     switches = _on_here()
-    return switches[-1].attend if switches and not switches[-1].masks else None
+    return _followed.index(switches[-1].attend) if switches and not switches[-1].masks else None
 
 
 @torch.compiler.assume_constant_result

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ IDS = torch.randint(3, 97, (1, 61), generator=torch.Generator().manual_seed(5))
 OTHERS = torch.randint(3, 97, (2, 43), generator=torch.Generator().manual_seed(7))
 MASK = torch.ones_like(OTHERS)
 MASK[1, :11] = 0
-NEW = 5
-SMALL = {"window": 7, "kernel": 3}
+NEW = 3
+SMALL: dict[str, Any] = {"window": 7, "kernel": 3}
 GREEDY: dict[str, Any] = {
     "max_new_tokens": NEW,
     "min_new_tokens": NEW,
@@ -44,7 +45,7 @@ def _same_order_of_sums() -> Iterator[None]:
     """Kernels that split their work no way; threads that take turns often."""
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
-    sys.setswitchinterval(1e-4)
+    sys.setswitchinterval(1e-3)
     try:
         yield
     finally:
@@ -144,7 +145,9 @@ def untouched(model: Any) -> bool:
 
 
 def asked_for(model: Any, context: Any) -> dict[str, Callable[[], Answer]]:
-    made = {name: lambda ask=ask: ask(model) for name, ask in REQUESTS.items()}
+    made: dict[str, Callable[[], Answer]] = {
+        name: partial(ask, model) for name, ask in REQUESTS.items()
+    }
     longer = torch.cat([IDS, OTHERS[:1, :13]], 1)
     made["context"] = lambda: written(model, longer, **with_cache(model, context.cache()))
     return made
@@ -164,7 +167,7 @@ def test_eight_threads_get_what_each_gets_alone() -> None:
     for name in ("with tappa", "own cake", "context"):  # what is mixed up would be seen
         assert not torch.equal(alone[name][2], alone["plain"][2])
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(lambda seed: wrong_of(asks, alone, seed), range(8)), []) == []
+        assert [*pool.map(lambda seed: wrong_of(asks, alone, seed), range(8))] == [[]] * 8
     del context, asks
     assert untouched(model)
 
@@ -212,14 +215,14 @@ def test_a_with_belongs_to_the_task_that_entered_it(model: Any) -> None:
 
 
 def at_every_moment(model: Any, work: Callable[[], Any]) -> Any:
-    """Run what follows in this thread, and `work` in another one before each of its modules."""
+    """Have `work` done in another thread whenever this one is to run a module of the last layer."""
     thread = threading.get_ident()
 
     def meanwhile(module: Any, args: tuple) -> None:
         if threading.get_ident() == thread:
             elsewhere(work)
 
-    return [m.register_forward_pre_hook(meanwhile) for m in model.modules() if m is not model]
+    return [m.register_forward_pre_hook(meanwhile) for m in model.model.layers[-1].modules()]
 
 
 @pytest.mark.parametrize("second", ["padded", "with tappa", "capture"])
@@ -242,7 +245,7 @@ def test_a_thread_within_the_pass_of_another(
     assert same(REQUESTS[first](model), expected[first])
     for handle in handles:
         handle.remove()
-    assert len(beside) > 30
+    assert len(beside) >= 12  # modules, more where RoPE is probed
     assert all(beside)
     assert untouched(model)
 
@@ -253,7 +256,7 @@ def test_plain_text_beside_a_with_is_that_of_the_model_alone(model: Any) -> None
 
         def put(self, value: Tensor) -> None:
             self.calls += 1
-            if self.calls == 3:
+            if self.calls == 2:
                 others.append(elsewhere(lambda: written(model, OTHERS, attention_mask=MASK)))
 
         def end(self) -> None:
@@ -404,5 +407,5 @@ def test_hooks_that_torch_calls_half_way_do_nothing(model: Any) -> None:
     cache: Any = tappa.compressed(model, "full")
     assert isinstance(cache, CompressedCache)
     assert cache._before(model, (IDS,)) is None
-    assert cache._after(model, (IDS,), object()) is None
+    cache._after(model, (IDS,), object())
     assert cache.tokens_seen == 0

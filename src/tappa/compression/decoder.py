@@ -1,5 +1,6 @@
 """One decoding step after the other, on fixed buffers as a CUDA graph where there is a GPU."""
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from tappa.tensor_parallel import HeadShards
 Read = Callable[[Int[Tensor, "rows 1"], Int[Tensor, "rows 1"]], Float[Tensor, "rows vocabulary"]]
 
 ALONE = HeadShards()  # of a model that is not split
+_recording = threading.Lock()  # a GPU's random numbers belong to one graph that is recorded
 
 
 class FixedReader:
@@ -106,7 +108,8 @@ class Decoder:
         changed += read.fixed.state()
         before = [x.clone() for x in changed]
         try:
-            self.graph = self._recorded(read, changed, before)
+            with _recording:
+                self.graph = self._recorded(read, changed, before)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the driver, or of the model's own code

@@ -267,12 +267,13 @@ class _Sums:
 
 @contextmanager
 def _watching(model: PreTrainedModel, cosines: Tensor, output: Tensor) -> Iterator[None]:
-    """Hooks that add up, in this thread, what each layer does to the residual stream, and each head's part."""
+    """Hooks that add up what this thread sees: each layer's change, and each head's part in it."""
     handles: list[RemovableHandle] = []
     for number, layer in enumerate(decoder_layers(model)):
         seen = _SeenLayer(cosines, output, number)
         projection = output_projection(attention_in(layer))
-        before, heads, after = map(of_this_thread, (seen.before, seen.heads, seen.after))
+        before, heads = of_this_thread(seen.before), of_this_thread(seen.heads)
+        after = of_this_thread(seen.after)
         handles += [
             add_hook(layer.register_forward_pre_hook, before, with_kwargs=True),
             add_hook(layer.register_forward_hook, after),
