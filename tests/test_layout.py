@@ -10,6 +10,7 @@ ORDER = [
     "versions",
     "errors",
     "files",
+    "hooks",
     "interrupts",
     "fetching",
     "cache_argument",

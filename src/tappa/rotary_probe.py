@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tappa.cache_argument import NAMES
 from tappa.errors import CaptureError, ModelError
+from tappa.hooks import add_hook, of_this_thread
 from tappa.rope import RotaryChannels, RotaryLayout, match_frequencies, probe_layout
 from tappa.without_weights import WithoutWeights
 
@@ -25,6 +27,7 @@ POSITION_ARGUMENTS = {"position_ids", "cache_position"}
 
 # What a module's code does with its tables does not change: known layouts serve later probes.
 _LAYOUTS: WeakKeyDictionary[nn.Module, RotaryLayout] = WeakKeyDictionary()
+_learning = threading.Lock()  # writes to it
 
 
 class RotaryProbe:
@@ -40,17 +43,26 @@ class RotaryProbe:
             for module in model.modules()
             if "position_embeddings" in _signature(module).parameters
         ]
+        self._rotary = [m for m in model.modules() if _inv_freqs(m)]
+        self._know_nothing()
+
+    def _know_nothing(self) -> None:
         self._tables: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # cos, sin of this forward pass
         self.latest: inspect.BoundArguments | None = None  # call of the layer that runs now
         self._channels: dict[tuple[int, ...], tuple[Tensor, RotaryChannels]] = {}  # likewise
-        self._rotary = [m for m in model.modules() if _inv_freqs(m)]
         self._unknown: dict[nn.Module, str] = {}  # why a module's layout is not known
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of its own runs
 
+    def renewed(self) -> "RotaryProbe":
+        """One of the same model for other passes: it need not look at all modules again."""
+        twin = copy.copy(self)
+        twin._know_nothing()
+        return twin
+
     def hooks(self) -> list[RemovableHandle]:
-        """Watch the model's forward passes until these are removed."""
-        see = torch.compiler.disable(self._see)  # a compiled model breaks its graph here
-        return [m.register_forward_pre_hook(see, with_kwargs=True) for m in self.modules]
+        """Watch this thread's forward passes of the model until these are removed."""
+        see = of_this_thread(self._see)
+        return [add_hook(m.register_forward_pre_hook, see, with_kwargs=True) for m in self.modules]
 
     def forget(self) -> None:
         """Let go of the tables and the arguments of the last forward pass."""
@@ -112,7 +124,7 @@ class RotaryProbe:
         if _is_attention(module):
             self.latest = call
             if module not in _LAYOUTS and (layout := self._probe(module, call)) is not None:
-                _LAYOUTS[module] = next((k for k in _LAYOUTS.values() if k.same_as(layout)), layout)
+                _learn(module, layout)
 
     def _probe(self, module: nn.Module, call: inspect.BoundArguments) -> RotaryLayout | None:
         """Learn a layer's layout from its attention module alone, without its weights.
@@ -150,6 +162,11 @@ class RotaryProbe:
             return None
         finally:
             self._seen = None
+
+
+def _learn(module: nn.Module, layout: RotaryLayout) -> None:
+    with _learning:  # another thread must not add one while this one looks at all
+        _LAYOUTS[module] = next((k for k in _LAYOUTS.values() if k.same_as(layout)), layout)
 
 
 class _NoAttention(Exception):

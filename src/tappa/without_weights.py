@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tappa.hooks import add_hook, of_this_thread, remove_all
+
 
 class WithoutWeights:
     """While entered, every submodule returns random numbers in the shape of its output.
+
+    So it does in the thread that has entered; others get what the module gives.
 
     What a module's code does, the rotation of queries for example, can be hidden by its weights: a
     zero in a norm keeps a dimension at zero, a dead projection keeps all of them there. No weight
@@ -30,13 +34,14 @@ class WithoutWeights:
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "WithoutWeights":
-        hook = torch.compiler.disable(self._replace)
-        self._hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in self.leaves]
+        hook = of_this_thread(self._replace)
+        self._hooks = [
+            add_hook(m.register_forward_hook, hook, with_kwargs=True) for m in self.leaves
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        remove_all(self._hooks)
 
     def restart(self, seed: int) -> None:
         """From here on the same numbers as after any other `restart` with this seed."""

@@ -437,7 +437,6 @@ def test_segments_one_by_one_are_the_padded_whole() -> None:
     module = model.model.layers[1].self_attn
     query = torch.randn(2, 6, 1, 10, generator=torch.Generator().manual_seed(0))
     kernel = AttentionSwitch(model, lambda *a: None)  # type: ignore[arg-type]
-    kernel.wrapped = "sdpa"
     keys, values, layer.positions = layer.storage().padded()
     layer.given, layer.whole, layer.split = layer.storage().lengths, False, False
     sdpa: Callable[..., Any] = kernel.own_kernel(module)

@@ -6,6 +6,7 @@ the budget and one layer's full keys and values are held, at most.
 """
 
 import copy
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,8 +26,8 @@ from transformers.cache_utils import (
 
 from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
+from tappa.compression.claim import Claim
 from tappa.compression.fit import check_expansion, check_mask
-from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.key_flow import NO_LAYERS, KeyFlow
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
@@ -37,6 +38,7 @@ from tappa.compression.scorers import received_by
 from tappa.compression.serving import served_by, start_serving, stop_serving
 from tappa.errors import CompressionError
 from tappa.fetching import Fetched
+from tappa.hooks import LateHook, add_hook, remove_all
 from tappa.interface import AttentionSwitch, attention_of
 from tappa.models import require_rope
 from tappa.rope import RotaryChannels
@@ -54,8 +56,9 @@ class CompressedCache(DynamicCache):
     Use it as a context manager, in which every new prompt starts with an empty cache, or hand it
     to the model as `cache` (before transformers 5.24: `past_key_values`). `budget` is in tokens per
     layer and KV head on average, or a share of the prompt. While the model runs on this cache, and
-    only then, its attention kernel is wrapped; everything is put back after each forward pass. It
-    is for inference: no gradient flows through keys and values.
+    only then, its attention kernel is wrapped, for the thread that runs it; everything is put back
+    after each forward pass. Several threads may run the model, each on a cache of its own. It is
+    for inference: no gradient flows through keys and values.
     """
 
     def __init__(
@@ -108,17 +111,18 @@ class CompressedCache(DynamicCache):
         self.switch, self._probe = switch, probe
         self._hooks: list[RemovableHandle] = []
         self._flow = KeyFlow(self.model)
-        self._asked = False  # whether it is empty, since the model ran last
+        self._asked_in: int | None = None  # thread that asked whether it is empty, and ran no model
         self._valid: Tensor | None = None  # of the new tokens: no padding
         self._position_ids: Tensor = torch.empty(0)
         self._newest = NewestTokens()
         self._counted: dict[int, tuple[list[int], int, int]] = {}  # edits, seen and held of a row
         self._unbalanced = False  # the layer read last is still whole
         self._failed = self._running = False
+        self.claim, self._thread = Claim(), 0  # that runs the model on it
         before, after = LateHook(self._before), LateHook(self._after)
         handles: tuple[RemovableHandle, ...] = (
-            self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            add_hook(self.model.register_forward_pre_hook, before, with_kwargs=True, prepend=True),
+            add_hook(self.model.register_forward_hook, after, with_kwargs=True, always_call=True),
         )
         weakref.finalize(self, remove_all, handles)
 
@@ -140,9 +144,10 @@ class CompressedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
-        super().reset()
-        self.peak_nbytes = 0
-        self.frozen = self._failed = False
+        with self.claim:
+            super().reset()
+            self.peak_nbytes = 0
+            self.frozen = self._failed = False
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -192,6 +197,8 @@ class CompressedCache(DynamicCache):
 
     def copy(self, keep_ranks: bool = False) -> "CompressedCache":
         """An independent copy, to be used as the `cache` of the same model."""
+        if self._running and not self._runs_here:
+            self.claim.refuse()
         twin = object.__new__(CompressedCache)
         twin.__dict__.update(self.__dict__)
         twin.layers = [
@@ -199,7 +206,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
-        twin._connect(self.switch.renewed(LateHook(twin._attend)), self._probe)
+        twin._connect(self.switch.renewed(LateHook(twin._attend)), self._probe.renewed())
         return twin
 
     def __deepcopy__(self, memo: dict) -> "CompressedCache":
@@ -235,7 +242,7 @@ class CompressedCache(DynamicCache):
 
     def __bool__(self) -> bool:
         """True, as of other caches. Models ask it before they throw a cache away."""
-        self._asked = True
+        self._asked_in = threading.get_ident()
         return True
 
     def _compressed(self, layer: int) -> CompressedLayer:
@@ -246,16 +253,37 @@ class CompressedCache(DynamicCache):
 
     # ---- around a forward pass
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        given, ids = cache_among(kwargs), _inputs(args, kwargs)
+    @property
+    def _runs_here(self) -> bool:
+        return self._running and self._thread == threading.get_ident()
+
+    def _before(
+        self, model: nn.Module, args: tuple, kwargs: dict | None = None
+    ) -> tuple[tuple, dict] | None:
+        if kwargs is None:  # of another thread, while this cache is made or goes
+            return None
+        if self._runs_here:  # Ctrl-C has cut the last pass of this thread short
+            self._after(model, args, None)
+        given, asked = cache_among(kwargs), self._asked_in == threading.get_ident()
         starts = served_by(model) is self and _starts_prompt(given, kwargs)
-        asked, mask = self._asked and given is None, kwargs.get("attention_mask")
-        if starts or (asked and reads_anew(self.model, self.tokens_seen, self.frozen, ids, mask)):
+        if not starts and given is None and asked:
+            mask, ids = kwargs.get("attention_mask"), _inputs(args, kwargs)
+            starts = reads_anew(self.model, self.tokens_seen, self.frozen, ids, mask)
+        if starts:
             self.reset()
             given = self
-        self._asked = False
+        if asked:
+            self._asked_in = None
         if given is not self:
             return None
+        self.claim.take()
+        try:
+            return self._start(model, args, kwargs)
+        finally:
+            if not self._running:  # it was refused
+                self.claim.give_back()
+
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._used = True
         kwargs = _only_new(rename_cache(model, kwargs, self), self.tokens_seen)
         ids = _inputs(args, kwargs)
@@ -270,19 +298,25 @@ class CompressedCache(DynamicCache):
         if self.evicting and seen and new < self._prompt_like:
             self.make_room(new)
         self.switch.on()
-        self._running = True
+        self._running, self._thread = True, threading.get_ident()
         reading = self.evicting and (new >= self._prompt_like or not seen)
         if (reading and self._watches) or self.recorder is not None:
             self._hooks = self._probe.hooks()
         return args, kwargs
 
-    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if not self._running:
+    def _after(self, model: nn.Module, args: tuple, *rest: object) -> None:
+        if not self._runs_here:
             return
+        output = rest[-1]  # behind `kwargs`, which may be missing
+        try:
+            self._finish(output)
+        finally:
+            self.claim.give_back()
+
+    def _finish(self, output: object) -> None:
         self._running = False
         self.switch.off()
-        for hook in self._hooks:
-            hook.remove()
+        remove_all(self._hooks)
         self._failed = output is None
         self._settle()
         self._hooks, self._position_ids, self._newest = [], torch.empty(0), NewestTokens()
@@ -306,7 +340,7 @@ class CompressedCache(DynamicCache):
         if self._failed:
             raise CompressionError("the last forward pass on this cache failed: call reset() first")
         check_border(self.model, seen, seen + new)
-        implementation = self.switch.config._attn_implementation
+        implementation = self.switch.wrapped
         if implementation not in KERNELS:
             raise CompressionError(
                 f"expected attention by {', '.join(KERNELS)}, the model uses {implementation!r}"

@@ -1,5 +1,6 @@
 """One decoding step after the other, on fixed buffers as a CUDA graph where there is a GPU."""
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tappa.cache_argument import with_cache
-from tappa.compression.fixed import RUNNING, FixedKV, attend
+from tappa.compression.fixed import FixedKV, attend, running
 from tappa.interface import AttentionSwitch
 from tappa.kernels.gemv import FewVectors
 from tappa.tensor_parallel import HeadShards
@@ -19,6 +20,7 @@ from tappa.tensor_parallel import HeadShards
 Read = Callable[[Int[Tensor, "rows 1"], Int[Tensor, "rows 1"]], Float[Tensor, "rows vocabulary"]]
 
 ALONE = HeadShards()  # of a model that is not split
+_recording = threading.Lock()  # a GPU's random numbers belong to one graph that is recorded
 
 
 class FixedReader:
@@ -27,7 +29,7 @@ class FixedReader:
     def __init__(
         self, model: PreTrainedModel, fixed: FixedKV, switch: AttentionSwitch, compiled: bool
     ) -> None:
-        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False, name="fixed")
+        self.fixed, self.switch = fixed, switch.renewed(attend, masks=False)
         self.cache_argument = with_cache(model, fixed)
         self.forward: Callable[..., Any] = model.forward  # without hooks, which look at the CPU
         if compiled:
@@ -38,9 +40,8 @@ class FixedReader:
     ) -> Float[Tensor, "rows vocabulary"]:
         """Logits of the next token."""
         self.switch.on()
-        RUNNING.append(self.fixed)
         try:
-            with FewVectors():
+            with running(self.fixed), FewVectors():
                 output = self.forward(
                     input_ids=tokens,
                     position_ids=position_ids,
@@ -48,7 +49,6 @@ class FixedReader:
                     **self.cache_argument,
                 )
         finally:
-            RUNNING.remove(self.fixed)
             self.switch.off()
         self.fixed.advance()
         return output.logits[:, -1]
@@ -108,7 +108,8 @@ class Decoder:
         changed += read.fixed.state()
         before = [x.clone() for x in changed]
         try:
-            self.graph = self._recorded(read, changed, before)
+            with _recording:
+                self.graph = self._recorded(read, changed, before)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the driver, or of the model's own code

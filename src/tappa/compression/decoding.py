@@ -56,7 +56,7 @@ def generate(
         raise CompressionError("compiled steps need a GPU")
     ids = input_ids.to(device)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
-    with torch.inference_mode():
+    with cache.claim, torch.inference_mode():
         first = _read(cache, ids, mask, temperature)
         known = [] if first is None else [first[:, None]]
         if show and known:

@@ -5,7 +5,9 @@ All that changes from step to step is on the device: where segments begin, how m
 hold, the position of the next token. So the same commands, recorded once, serve every step.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,6 +115,14 @@ class FixedKV(Cache):
         """Tokens seen."""
         return self.seen
 
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As of one token: no mask is made, and what is compiled must not see numbers change."""
+        return 1, 0
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        """Likewise."""
+        return 0
+
     def attend(
         self,
         layer: int,
@@ -150,7 +160,21 @@ class FixedKV(Cache):
         return [self.lengths, self.now] + ([] if self.recent is None else [self.recent])
 
 
-RUNNING: list[FixedKV] = []  # those whose step is under way, the innermost last
+class _Running(threading.local):
+    step: FixedKV | None = None  # whose step this thread takes
+
+
+_running = _Running()
+
+
+@contextmanager
+def running(fixed: FixedKV) -> Iterator[None]:
+    """A step on it is under way, in this thread."""
+    before, _running.step = _running.step, fixed
+    try:
+        yield
+    finally:
+        _running.step = before
 
 
 def attend(
@@ -172,7 +196,8 @@ def attend(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, softcap: float | None
 ) -> Tensor:
-    return RUNNING[-1].attend(layer, query, key, value, Attention(scale, softcap=softcap))
+    assert _running.step is not None
+    return _running.step.attend(layer, query, key, value, Attention(scale, softcap=softcap))
 
 
 @_attend.register_fake

@@ -1,6 +1,7 @@
 """Scores of the tokens that a layer holds: higher is kept. A scorer never sees the budget."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,7 +94,7 @@ class FromWeights:
     """`WindowSums` from the weights themselves, each when it is asked for."""
 
     def __init__(self, tokens: TokenView) -> None:
-        self.tokens = tokens
+        self.tokens: TokenView = weakref.proxy(tokens)  # they hold this: a circle would keep caches
 
     @cached_property
     def mean(self) -> Scores:

@@ -5,6 +5,7 @@ taken back). What it calls while it writes is its own affair and gets no cache: 
 that ask the model, assistants, drafts of fewer layers.
 """
 
+import threading
 import weakref
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from tappa.cache_argument import cache_among, rename_cache
+from tappa.compression.claim import Claim
 
 
 @runtime_checkable
@@ -19,6 +21,7 @@ class Served(Protocol):
     """A cache that can be filled anew."""
 
     model: Any
+    claim: Claim
 
     def reset(self) -> None:
         """Forget everything."""
@@ -27,25 +30,28 @@ class Served(Protocol):
 # of this thread or task: caches whose `with` it is in, and models whose `generate` it runs
 _serving: ContextVar[tuple[Served, ...]] = ContextVar("serving", default=())
 _writing: ContextVar[tuple[nn.Module, ...]] = ContextVar("writing", default=())
+_exchanging = threading.Lock()  # a model's `generate`
 
 
 def start_serving(cache: Served) -> None:
     """From now on, prompts that this thread or task gives to the model are read into the cache."""
     _serving.set((*_serving.get(), cache))
-    known = vars(cache.model).get("generate")
-    generate = known if isinstance(known, _Generate) else _Generate(cache.model, known)
-    generate.users += 1
-    cache.model.generate = generate
+    with _exchanging:
+        known = vars(cache.model).get("generate")
+        generate = known if isinstance(known, _Generate) else _Generate(cache.model, known)
+        generate.users += 1
+        cache.model.generate = generate
 
 
 def stop_serving(cache: Served) -> None:
     """No longer: the model is as it was before."""
     _serving.set(tuple(other for other in _serving.get() if other is not cache))
-    generate = cache.model.generate
-    generate.users -= 1
-    if generate.users == 0:
-        del cache.model.generate
-        if generate.before is not None:
+    with _exchanging:
+        generate = cache.model.generate
+        generate.users -= 1
+        if generate.users == 0 and generate.before is None:
+            del cache.model.generate
+        elif generate.users == 0:
             cache.model.generate = generate.before
 
 
@@ -70,12 +76,14 @@ class _Generate:
         cache, generate = served_by(model), self.before or _own_generate(model)
         if cache is None:
             return generate(*args, **kwargs)
-        if cache_among(kwargs) is None and kwargs.get("use_cache") is not False:
-            kwargs = rename_cache(model, kwargs, cache) | _corrections(model, kwargs)
-            cache.reset()
         token = _writing.set((*_writing.get(), model))
         try:
-            return generate(*args, **kwargs)
+            if cache_among(kwargs) is not None or kwargs.get("use_cache") is False:
+                return generate(*args, **kwargs)
+            with cache.claim:
+                cache.reset()
+                kwargs = rename_cache(model, kwargs, cache) | _corrections(model, kwargs)
+                return generate(*args, **kwargs)
         finally:
             _writing.reset(token)
 

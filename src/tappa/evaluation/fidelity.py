@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tappa.compression import CompressedCache
 from tappa.errors import EvaluationError
 from tappa.evaluation.harness import continuation_logits
+from tappa.hooks import add_hook, of_this_thread, remove_all
 
 LARGE = 8_000_000  # characters: tokenizing more takes longer than answering a few samples
 NEXT = 64  # tokens that follow the context
@@ -126,13 +127,13 @@ def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """The outputs of all attention modules, in the order of the layers, of one forward pass."""
     outputs: list[Tensor] = []
 
+    @of_this_thread
     def see(module: nn.Module, args: tuple, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).float())
 
     attention = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")]
-    handles = [module.register_forward_hook(see) for module in attention]
+    handles = [add_hook(module.register_forward_hook, see) for module in attention]
     try:
         yield outputs
     finally:
-        for handle in handles:
-            handle.remove()
+        remove_all(handles)

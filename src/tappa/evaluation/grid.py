@@ -29,6 +29,7 @@ from tappa.evaluation.store import (
     write_record,
 )
 from tappa.files import digest_of
+from tappa.interface import implementation_of
 from tappa.interrupts import finish_first
 
 Progress = Callable[[int, int], None]
@@ -212,7 +213,7 @@ def describe_run(lm: GridLM) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "attention": lm.model.config._attn_implementation,
+        "attention": implementation_of(lm.model.config),
         "chat_template": digest_of(lm.tokenizer.chat_template),
     }
 

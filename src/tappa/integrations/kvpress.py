@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import (
     Cache,
     Gemma3ForConditionalGeneration,
@@ -30,6 +29,7 @@ from tappa.compression.observation import Observation
 from tappa.compression.scorers import Scorer, Scores, TokenView
 from tappa.compression.selection import head_ranks
 from tappa.errors import CompressionError
+from tappa.hooks import add_hook, remove_all
 
 try:
     from kvpress import (  # type: ignore[import-not-found, unused-ignore]
@@ -335,13 +335,8 @@ def _cut(
 def _fit_masks(cache: Cache, modules: list[nn.Module]) -> None:
     """While a cache lives, bring the masks of its layers to what each of them holds."""
     fit = _mask_fitter(weakref.ref(cache))
-    handles = [m.register_forward_pre_hook(fit, with_kwargs=True) for m in modules]
-    weakref.finalize(cache, _remove, handles)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+    handles = [add_hook(m.register_forward_pre_hook, fit, with_kwargs=True) for m in modules]
+    weakref.finalize(cache, remove_all, handles)
 
 
 def _mask_fitter(cache: "weakref.ref[Cache]") -> Callable[..., Any]:
@@ -350,7 +345,11 @@ def _mask_fitter(cache: "weakref.ref[Cache]") -> Callable[..., Any]:
     Among themselves, the new tokens see what the mask says.
     """
 
-    def fit(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def fit(
+        module: nn.Module, args: tuple, kwargs: dict | None = None
+    ) -> tuple[tuple, dict] | None:
+        if kwargs is None:  # while another thread adds this hook, or removes it
+            return None
         mask, held = kwargs.get("attention_mask"), cache_among(kwargs)
         if held is None or cache() is not held or not torch.is_tensor(mask):
             return None

@@ -21,6 +21,7 @@ from tappa.capture import LayerView, prefill
 from tappa.checkpoint import fingerprint, first_line
 from tappa.errors import NonFiniteError, PruningError
 from tappa.files import digest_of, write_atomic
+from tappa.hooks import add_hook, of_this_thread, remove_all
 from tappa.pruning.structure import (
     attention_in,
     decoder_layers,
@@ -266,19 +267,22 @@ class _Sums:
 
 @contextmanager
 def _watching(model: PreTrainedModel, cosines: Tensor, output: Tensor) -> Iterator[None]:
-    """Hooks that add up what each layer does to the residual stream, and each head's part."""
+    """Hooks that add up what this thread sees: each layer's change, and each head's part in it."""
     handles: list[RemovableHandle] = []
     for number, layer in enumerate(decoder_layers(model)):
         seen = _SeenLayer(cosines, output, number)
-        handles.append(layer.register_forward_pre_hook(seen.before, with_kwargs=True))
-        handles.append(layer.register_forward_hook(seen.after))
         projection = output_projection(attention_in(layer))
-        handles.append(projection.register_forward_pre_hook(seen.heads))
+        before, heads = of_this_thread(seen.before), of_this_thread(seen.heads)
+        after = of_this_thread(seen.after)
+        handles += [
+            add_hook(layer.register_forward_pre_hook, before, with_kwargs=True),
+            add_hook(layer.register_forward_hook, after),
+            add_hook(projection.register_forward_pre_hook, heads),
+        ]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove_all(handles)
 
 
 @dataclass
