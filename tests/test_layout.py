@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
     "versions",
     "errors",
+    "wording",
     "files",
     "interrupts",
     "fetching",

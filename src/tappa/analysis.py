@@ -25,6 +25,7 @@ from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
 from tappa.tensor_parallel import HeadShards
 from tappa.texts import encode_texts
+from tappa.wording import counted
 
 SCHEMA = "tappa.analysis/1"
 SHARDS = 256  # groups of prompts at most, however many there are
@@ -44,6 +45,13 @@ class Analysis:
     prompts: list[int]  # tokens of each prompt
     layers: list[LayerStatistics]
     settings: Settings = field(default_factory=Settings)
+
+    def __repr__(self) -> str:
+        count, heads = int(self.model["layers"]), self.model["heads"]
+        total = sum(heads) if isinstance(heads, list) else count * heads
+        size = f"{counted(count, 'layer')}, {counted(total, 'head')}"
+        read = f"{counted(sum(self.prompts), 'token')} in {counted(len(self.prompts), 'prompt')}"
+        return f"<Analysis of {self.model['name']}: {size}; {read}>"
 
     @cached_property
     def heads(self) -> list[dict[str, Any]]:

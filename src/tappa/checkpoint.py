@@ -31,6 +31,12 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
+    def __repr__(self) -> str:
+        model, tokenizer = self
+        kind = str(model.dtype).removeprefix("torch.")
+        what = f"{type(model).__name__} {model.name_or_path}, {kind} on {model.device}"
+        return f"<LoadedModel {what}; {type(tokenizer).__name__} of {len(tokenizer):,} tokens>"
+
 
 def load_folder(folder: Path, label: str, options: dict[str, Any]) -> LoadedModel:
     """The causal model and the tokenizer in a folder.

@@ -42,6 +42,7 @@ from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
 from tappa.tensor_parallel import HeadShards
+from tappa.wording import byte_size, counted
 
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
@@ -123,6 +124,17 @@ class CompressedCache(DynamicCache):
         weakref.finalize(self, remove_all, handles)
 
     # ---- what users call
+
+    def __repr__(self) -> str:
+        budget = "" if self.method.rule is None else f", budget {self.budget}"
+        what = f"{type(self).__name__} of {type(self.model).__name__}: {self.method.name}{budget}"
+        seen = self.tokens_seen
+        if not seen:
+            return f"<{what}; nothing read>"
+        rows = self.compressed_layers[0].rows
+        batch = f" in {rows} rows" if rows > 1 else ""
+        held = f"{self.tokens_held():,.1f} of {counted(seen, 'token')} held{batch}"
+        return f"<{what}; {held}, {byte_size(self.nbytes)}>"
 
     def __enter__(self) -> "CompressedCache":
         self._used = False

@@ -18,6 +18,7 @@ from tappa.compression.layer import CompressedLayer
 from tappa.compression.methods import Method, method_named
 from tappa.compression.options import check_ids
 from tappa.errors import CompressionError
+from tappa.wording import byte_size, counted
 
 
 def compressed(
@@ -89,6 +90,9 @@ class CompressedContext:
     def __init__(self, cache: CompressedCache) -> None:
         self._cache = cache
 
+    def __repr__(self) -> str:
+        return f"<CompressedContext in {self._cache!r}>"
+
     def cache(self) -> CompressedCache:
         """A copy of the context's cache; nothing more is dropped from it."""
         return self._cache.copy()
@@ -152,6 +156,13 @@ class Recording:
 
     def __init__(self, full: CompressedCache, queries: list[Recorded]) -> None:
         self._full, self._queries = full, queries
+
+    def __repr__(self) -> str:
+        full, name = self._full, type(self._full.model).__name__
+        keys = f"{byte_size(full.nbytes)} of keys and values"
+        queries = sum(query.numel() * query.element_size() for query, _ in self._queries)
+        read = f"{counted(full.tokens_seen, 'token')}, {keys}, {byte_size(queries)} of queries"
+        return f"<Recording of {name}: {read}>"
 
     def compress(
         self,

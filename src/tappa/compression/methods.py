@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tappa.compression import budgets, scorers
@@ -28,8 +28,8 @@ class Method:
     layer gets at least `layer_floor` of the average budget.
     """
 
-    scorer: Scorer
-    rule: Rule | None  # None: nothing is dropped
+    scorer: Scorer = field(repr=False)
+    rule: Rule | None = field(repr=False)  # None: nothing is dropped
     window: int = 32
     sinks: int = 0
     sharing: Sharing = "heads"
@@ -199,7 +199,7 @@ def method_named(name: "str | Method", **options: Any) -> Method:
     Raises CompressionError for names and options that no part knows.
     """
     if isinstance(name, Method):
-        known = {field.name for field in fields(Method)}
+        known = {one.name for one in fields(Method)}
         for option in options.keys() - known:
             raise CompressionError(f"a Method has {', '.join(sorted(known))}; no {option!r}")
         return replace(name, **options) if options else name

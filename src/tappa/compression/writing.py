@@ -19,6 +19,7 @@ from tappa.compression.greedy import greedy_arguments, warn_of_left_out
 from tappa.errors import CompressionError, NonFiniteError, TextError
 from tappa.models import context_length
 from tappa.texts import in_chat_template, require_unicode
+from tappa.wording import byte_size, counted
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Written:
     full_nbytes: int  # what all tokens seen would take in these layers
     prefill_seconds: float  # until the first new token is known
     decode_seconds: float  # all further ones
+
+    def __repr__(self) -> str:
+        start = self.text if len(self.text) <= 40 else f"{self.text[:40]}..."
+        tokens = f"{counted(self.new_tokens, 'token')} after {self.prompt_tokens:,}"
+        held = f"{self.tokens_held:,.1f} of {self.tokens_seen:,} held, {byte_size(self.nbytes)}"
+        return f"<Written {start!r}: {tokens}; {held}>"
 
 
 def write_on(

@@ -30,6 +30,7 @@ from tappa.pruning.structure import (
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
 from tappa.tensor_parallel import HeadShards, local
+from tappa.wording import counted
 
 SCHEMA = "tappa.calibration/1"
 EVERY = 4  # windows whose sums are added up first, then merged and written
@@ -53,6 +54,12 @@ class Calibration:
     cosines: Float[np.ndarray, " layers"]
     similarity: Float[np.ndarray, "layers heads"]
     output: Float[np.ndarray, "layers heads"]
+
+    def __repr__(self) -> str:
+        layers, heads = self.similarity.shape
+        size = f"{counted(layers, 'layer')}, {counted(layers * heads, 'head')}"
+        read = f"{counted(self.tokens, 'token')} in {counted(self.windows, 'window')}"
+        return f"<Calibration of {self.model['name']}: {size}; {read}>"
 
     @property
     def block_influence(self) -> Float[np.ndarray, " layers"]:

@@ -3,7 +3,7 @@
 import difflib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -19,8 +19,8 @@ Measure = Callable[[Sequence[int]], float]  # layers that are gone -> how bad th
 class Known:
     """What an order may look at."""
 
-    influence: PerLayer  # BI
-    similarity: PerLayer  # S, mean over heads
+    influence: PerLayer = field(repr=False)  # BI
+    similarity: PerLayer = field(repr=False)  # S, mean over heads
     count: int  # layers to remove
     beta: float = 0.3
     seed: int = 0

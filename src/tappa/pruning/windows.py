@@ -9,6 +9,7 @@ from tappa.errors import PruningError, TextError
 from tappa.files import digest_of
 from tappa.models import context_length
 from tappa.texts import MIN_TOKENS, require_unicode
+from tappa.wording import counted
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Windows:
     ids: list[list[int]]
     window: int
     stride: int
+
+    def __repr__(self) -> str:
+        return (
+            f"<{counted(len(self.ids), 'window')} of at most {counted(self.window, 'token')}, "
+            f"one every {self.stride:,}>"
+        )
 
     @classmethod
     def of(
