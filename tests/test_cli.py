@@ -130,7 +130,7 @@ def test_bad_text(
     ("options", "message"),
     [
         (("--tokens", "513"), "more than the model's context of 512 tokens"),
-        (("--tokens", "3"), "expected at least 8 tokens, got tokens=3"),
+        (("--tokens", "3"), "expected tokens as a whole number from 8 on, got 3"),
         (
             ("--device", "warp"),
             "expected the device auto, all, tp, cpu, cuda or cuda:N, got",

@@ -10,6 +10,7 @@ ORDER = [
     "versions",
     "errors",
     "wording",
+    "arguments",
     "files",
     "interrupts",
     "fetching",

@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 tiny_model: Any = make_tiny
 IDS = torch.arange(3, 16)[None]  # 13 tokens
 TEXT = "It is a truth universally acknowledged"  # 38 tokens
-STREAMING = {"method": "streaming_llm", "window": 3, "sinks": 2}
+STREAMING: dict[str, Any] = {"method": "streaming_llm", "window": 3, "sinks": 2}
 # a token of the tiny model: 2 layers, 3 KV heads, keys and values of 10 numbers, 4 bytes each
 TOKEN = 480
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, quiet
 from tappa.errors import ModelError
 from tappa.gguf_files import read_gguf
+from tappa.wording import described, did_you_mean
 
 __all__ = ["LoadedModel", "context_length", "load", "local_path", "require_rope"]
 
@@ -63,6 +64,10 @@ def load(
 
         model, tokenizer = tappa.load("my-model.gguf")
     """
+    if name is not None and not isinstance(name, str | Path):
+        raise ModelError(
+            f"expected a .gguf file, a model folder or a hub id, got {described(name)}"
+        )
     place, spread = _device(str(device)), _spread(str(device))
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, place),
@@ -141,11 +146,11 @@ def _spread(device: str) -> dict[str, Any]:
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise ModelError(f"expected the dtype auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
-    return DTYPES[str(dtype)]
+    known = {**DTYPES, **{str(kind): kind for kind in DTYPES.values()}}
+    if str(dtype) not in known:
+        hint = did_you_mean(str(dtype), DTYPES)
+        raise ModelError(f"expected the dtype auto, {', '.join(DTYPES)}, got {str(dtype)!r}{hint}")
+    return known[str(dtype)]
 
 
 def _default_source() -> str:

@@ -1,4 +1,8 @@
-"""Numbers as people read them: counts with their noun, sizes in memory."""
+"""Words of messages: counts with their noun, sizes in memory, what came, what was meant."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -16,3 +20,16 @@ def byte_size(count: int) -> str:
     while size >= 999.95 and power < len(UNITS) - 1:  # what would be shown as 1000.0
         size, power = size / 1000, power + 1
     return f"{size:.1f} {UNITS[power]}"
+
+
+def described(value: Any) -> str:
+    """What came in the place of an argument: itself if it is short, else its kind."""
+    text, kind = repr(value), type(value).__name__
+    short = len(text) <= 60 and "\n" not in text
+    return text if short else f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def did_you_mean(wrong: str, names: Iterable[str]) -> str:
+    """The end of an error: the name that is nearest to a wrong one, nothing where none is near."""
+    close = difflib.get_close_matches(wrong, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

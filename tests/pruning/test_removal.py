@@ -323,8 +323,8 @@ def test_greedy_measures_the_model_itself() -> None:
         ({"order": "grady"}, "did you mean 'greedy'"),
         ({"query_heads": 12}, "0 to 11 query heads"),
         ({"kv_groups": 3}, "0 to 2 KV heads"),
-        ({"kv_groups": -1}, "0 to 2 KV heads"),
-        ({"beta": float("nan")}, "beta >= 0"),
+        ({"kv_groups": -1}, "from 0 on, got -1"),
+        ({"beta": float("nan")}, "beta as a number from 0 on, got nan"),
     ],
 )
 def test_amounts_that_cannot_be(amounts: dict[str, Any], words: str) -> None:

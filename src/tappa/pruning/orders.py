@@ -1,6 +1,5 @@
 """Which layers go first: the table of orders."""
 
-import difflib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from jaxtyping import Float
 
 from tappa.errors import PruningError
 from tappa.pruning.importance import bi_prime
+from tappa.wording import described, did_you_mean
 
 PerLayer = Float[np.ndarray, " layers"]
 Measure = Callable[[Sequence[int]], float]  # layers that are gone -> how bad the rest is
@@ -99,10 +99,9 @@ def layers_to_remove(name: str, known: Known) -> list[int]:
 
 def check_order(name: str) -> None:
     """Raises PruningError, naming the nearest order."""
-    if name not in ORDERS:
-        close = difflib.get_close_matches(name, ORDERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PruningError(f"expected an order of {', '.join(ORDERS)}, got {name!r}{hint}")
+    if not isinstance(name, str) or name not in ORDERS:
+        came, hint = described(name), did_you_mean(str(name), ORDERS)
+        raise PruningError(f"expected an order of {', '.join(ORDERS)}, got {came}{hint}")
 
 
 def check_count(count: int, layers: int) -> None:

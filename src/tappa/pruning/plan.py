@@ -1,12 +1,14 @@
 """prune(): which layers or heads go, and a model without them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from tappa.adapters import require_model
 from tappa.analysis import Analysis, describe
+from tappa.arguments import finite_number, whole_number
 from tappa.errors import PruningError
 from tappa.pruning.calibration import Calibration, Progress
 from tappa.pruning.heads import Head, check_kv_groups, remove_kv_groups, silence_heads
@@ -17,6 +19,7 @@ from tappa.pruning.orders import Known, Measure, check_count, check_order, layer
 from tappa.pruning.structure import kv_heads_of, query_heads_of
 from tappa.pruning.windows import Windows
 from tappa.tensor_parallel import require_whole
+from tappa.wording import described, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,24 @@ class Amounts:
         check_order(self.order)
         layers, heads = describe(model)["layers"], query_heads_of(model)
         check_count(self.layers, layers)
-        if self.importance not in get_args(HeadImportance):
-            names = ", ".join(get_args(HeadImportance))
-            raise PruningError(f"expected the importance {names}, got {self.importance!r}")
+        self._check_kinds()
         for what, count, most in (
             ("query heads of the model", self.query_heads, layers * heads),
             ("KV heads of each layer", self.kv_groups, kv_heads_of(model) if self.kv_groups else 1),
         ):
-            if not 0 <= count < most:
+            if count >= most:
                 raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
-        if not 0 <= self.beta < float("inf"):
-            raise PruningError(f"expected a finite beta >= 0, got {self.beta!r}")
         if self.kv_groups:  # which ones does not matter: every model that lacks as many is alike
             check_kv_groups(model, [(i, g) for i in range(layers) for g in range(self.kv_groups)])
+
+    def _check_kinds(self) -> None:
+        names = get_args(HeadImportance)
+        if not isinstance(self.importance, str) or self.importance not in names:
+            came, hint = described(self.importance), did_you_mean(str(self.importance), names)
+            raise PruningError(f"expected the importance {', '.join(names)}, got {came}{hint}")
+        for name in ("query_heads", "kv_groups", "seed"):
+            whole_number(name, getattr(self, name), 0, PruningError)
+        finite_number("beta", self.beta, PruningError)
 
 
 def plan(
@@ -73,6 +81,13 @@ def plan(
     `windows` are what the order `greedy` measures perplexity on; `progress(done, total)` follows
     it. An Analysis knows q-similarity only. Raises PruningError.
     """
+    require_model(model)
+    if not isinstance(known, Calibration | Analysis):
+        raise PruningError(
+            f"expected a Calibration of tappa.calibrate, or an Analysis, got {described(known)}"
+        )
+    if windows is not None and not isinstance(windows, Windows):
+        raise PruningError(f"expected windows as tappa.pruning.Windows, got {described(windows)}")
     amounts.check(model)
     calibration = _of_analysis(known, amounts) if isinstance(known, Analysis) else known
     theirs, ours = calibration.model, describe(model)
@@ -122,6 +137,10 @@ def prune(
     `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
     will do for what needs q-similarity only. Raises PruningError, and nothing is altered then.
     """
+    names = [one.name for one in fields(Amounts)]
+    if unknown := [name for name in amounts if name not in names]:
+        hint = did_you_mean(unknown[0], names)
+        raise PruningError(f"expected amounts of {', '.join(names)}, got {unknown[0]!r}{hint}")
     return apply(model, plan(model, known, Amounts(**amounts), windows))
 
 
