@@ -50,7 +50,7 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
     names = {"q_similarity", "k_similarity", "dominant_channel", "dominant_share", "period"}
     names |= {"sink_mass", "predictability", "explained", "observed"}
     assert all(names <= head.keys() for head in found["heads"])
-    files = ["analysis.json", "heads.csv", "report.html", "views.npz"]
+    files = ["analysis.json", "asked.json", "heads.csv", "report.html", "views.npz"]
     assert files_below(tmp_path / "new") == [f"out/{name}" for name in files]
     assert tappa.Analysis.load(out / "analysis.json").summary() == found
     rows = list(csv.DictReader((out / "heads.csv").read_text().splitlines()))
@@ -67,7 +67,38 @@ def test_the_terminal_shows_the_analysis(run: Run, model: Path, text: Path, tmp_
     assert "1 layers, 6 heads, 60 tokens in 2 prompt(s)" in " ".join(stdout.split())
     assert "bounds of the theorems: 0 violations" in stdout
     assert f"wrote {out / 'analysis.json'}, {out / 'heads.csv'}" in " ".join(stdout.split())
-    assert files_below(out) == ["analysis.json", "heads.csv"]
+    assert files_below(out) == ["analysis.json", "asked.json", "heads.csv"]
+
+
+def test_another_analysis_is_replaced_by_force_only(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", text.with_name("other.txt")
+    other.write_text(TEXT[:29])
+
+    def tokens_after(*options: object) -> tuple[int, str, int]:
+        known = ("--device", "cpu", "--no-report", "--out", out)
+        code, _, stderr = run("analyze", *options, *known)
+        return code, stderr, sum(tappa.Analysis.load(out / "analysis.json").prompts)
+
+    assert tokens_after(model, "--text", text) == (0, "", 50)
+    assert tokens_after(model, "--text", text, "--chunk", 8) == (0, "", 50)
+    code, stderr, tokens = tokens_after(model, "--text", other)
+    assert (code, tokens, stderr.count("\n")) == (2, 50, 1)
+    assert "holds another analysis (texts is ['text.txt (" in stderr
+    assert "there and ['other.txt (" in stderr
+    assert "--force" in stderr
+    code, stderr, tokens = tokens_after(model, "--text", text, "--tokens", 31)
+    assert (code, tokens) == (2, 50)
+    assert "tokens is None there and 31 now" in stderr
+    code, stderr, tokens = tokens_after(model / "no", "--text", text)
+    assert (code, tokens) == (2, 50)
+    assert f"model is '{model}' there" in stderr
+    assert tokens_after(model, "--text", other, "--force") == (0, "", 29)
+    (out / "asked.json").unlink()
+    code, stderr, tokens = tokens_after(model, "--text", other)
+    assert (code, tokens) == (2, 29)
+    assert "it has no asked.json" in stderr
 
 
 def test_a_start_imports_nothing_optional() -> None:
