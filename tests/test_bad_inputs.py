@@ -192,6 +192,7 @@ CASES: list[tuple[Call, str, str]] = [  # the call, what was expected, what came
     (lambda x: prune(x, TEXT, layers=1), "a Calibration of tappa.calibrate", f"got {TEXT!r}"),
     (lambda x: prune(x, layer=1), "amounts of layers", "got 'layer'; did you mean 'layers'?"),
     (lambda x: prune(x, layers="1"), "layers to remove", "got '1'"),
+    (lambda x: prune(x, layers=1.5), "a share of layers above 0 and below 1", "got 1.5"),
     (lambda x: prune(x, layers=True), "layers to remove", "got True"),
     (lambda x: prune(x, layers=2), "at least one must stay", "cannot remove 2 of 2"),
     (lambda x: prune(x, query_heads="2"), "query_heads as a whole number", "got '2'"),
@@ -200,7 +201,7 @@ CASES: list[tuple[Call, str, str]] = [  # the call, what was expected, what came
     (lambda x: prune(x, layers=1, beta="0.3"), "beta as a number from 0 on", "got '0.3'"),
     (lambda x: prune(x, layers=1, beta=float("nan")), "beta as a number", "got nan"),
     (lambda x: prune(x, layers=1, seed=None), "seed as a whole number", "got None"),
-    (lambda x: prune(x, layers=1, order=None), "an order of bi_prime", "got None"),
+    (lambda x: prune(x, layers=1, order=None), "an order of bi, bi_prime", "got None"),
     (lambda x: prune(x, layers=1, order="gredy"), "an order of", "did you mean 'greedy'?"),
     (
         lambda x: prune(x, layers=1, importance=[]),

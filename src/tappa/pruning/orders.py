@@ -1,5 +1,6 @@
 """Which layers go first: the table of orders."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,8 +81,8 @@ def greedy(known: Known) -> list[int]:
 
 
 ORDERS: dict[str, Callable[[Known], list[int]]] = {
-    "bi_prime": bi_prime_order,
     "bi": bi,
+    "bi_prime": bi_prime_order,
     "q_similarity": q_similarity,
     "uniform": uniform,
     "random": at_random,
@@ -102,6 +103,22 @@ def check_order(name: str) -> None:
     if not isinstance(name, str) or name not in ORDERS:
         came, hint = described(name), did_you_mean(str(name), ORDERS)
         raise PruningError(f"expected an order of {', '.join(ORDERS)}, got {came}{hint}")
+
+
+def layer_count(wanted: int | float, layers: int) -> int:
+    """Layers to remove: a whole number as it is, a share of them rounded down, but 1 at least.
+
+    >>> layer_count(0.2, 24), layer_count(0.01, 24), layer_count(3, 24)
+    (4, 1, 3)
+
+    Raises PruningError for what is neither.
+    """
+    if not isinstance(wanted, float):
+        check_count(wanted, layers)
+        return wanted
+    if not 0 < wanted < 1:
+        raise PruningError(f"expected a share of layers above 0 and below 1, got {wanted!r}")
+    return max(math.floor(wanted * layers + 1e-9), 1)
 
 
 def check_count(count: int, layers: int) -> None:

@@ -1,6 +1,6 @@
 """prune(): which layers or heads go, and a model without them."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +15,14 @@ from tappa.pruning.heads import Head, check_kv_groups, remove_kv_groups, silence
 from tappa.pruning.importance import HeadImportance, group_importance, head_importance
 from tappa.pruning.layers import check_layers, layers_removed, remove_layers
 from tappa.pruning.measure import nll_of_windows
-from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
+from tappa.pruning.orders import (
+    Known,
+    Measure,
+    check_count,
+    check_order,
+    layer_count,
+    layers_to_remove,
+)
 from tappa.pruning.structure import kv_heads_of, query_heads_of
 from tappa.pruning.windows import Windows
 from tappa.tensor_parallel import require_whole
@@ -36,10 +43,10 @@ class Plan:
 class Amounts:
     """How much to remove and how to choose. Heads are removed first, then layers."""
 
-    layers: int = 0
+    layers: int | float = 0  # or a share of them, as 0.2
     query_heads: int = 0  # of the whole model
     kv_groups: int = 0  # of every layer
-    order: str = "bi_prime"
+    order: str = "bi"
     beta: float = 0.3
     seed: int = 0
     importance: HeadImportance = "output"
@@ -48,7 +55,7 @@ class Amounts:
         """Raises PruningError for what cannot be removed from this model, before any work."""
         check_order(self.order)
         layers, heads = describe(model)["layers"], query_heads_of(model)
-        check_count(self.layers, layers)
+        check_count(layer_count(self.layers, layers), layers)
         self._check_kinds()
         for what, count, most in (
             ("query heads of the model", self.query_heads, layers * heads),
@@ -89,6 +96,8 @@ def plan(
     if windows is not None and not isinstance(windows, Windows):
         raise PruningError(f"expected windows as tappa.pruning.Windows, got {described(windows)}")
     amounts.check(model)
+    count = layer_count(amounts.layers, describe(model)["layers"])
+    amounts = replace(amounts, layers=count)
     calibration = _of_analysis(known, amounts) if isinstance(known, Analysis) else known
     theirs, ours = calibration.model, describe(model)
     for key in ("class", "layers", "heads", "kv_heads"):
@@ -102,10 +111,10 @@ def plan(
     figures = Known(
         calibration.block_influence,
         calibration.layer_similarity,
-        amounts.layers,
+        count,
         amounts.beta,
         amounts.seed,
-        None if windows is None else _perplexity_without(model, windows, amounts, progress),
+        None if windows is None else _perplexity_without(model, windows, count, progress),
     )
     importance = head_importance(calibration, amounts.importance)
     return Plan(
@@ -130,12 +139,14 @@ def prune(
     """Remove layers and heads from a model, in place, and return it.
 
         calibration = tappa.calibrate(model, tokenizer, text)
-        tappa.prune(model, calibration, layers=9, order="bi_prime", beta=0.3)
+        tappa.prune(model, calibration, layers=0.2)  # a fifth of them, or as many: layers=9
         model.save_pretrained("smaller")
 
     `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
     `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
-    will do for what needs q-similarity only. Raises PruningError, and nothing is altered then.
+    will do for what needs q-similarity only. What is left can be trained if it could before
+    (`tappa.load` freezes a model, `requires_grad_(True)` ends that). Raises PruningError, and
+    nothing is altered then.
     """
     names = [one.name for one in fields(Amounts)]
     if unknown := [name for name in amounts if name not in names]:
@@ -198,10 +209,10 @@ def _of_analysis(analysis: Analysis, amounts: Amounts) -> Calibration:
 
 
 def _perplexity_without(
-    model: PreTrainedModel, windows: Windows, amounts: Amounts, progress: Progress | None
+    model: PreTrainedModel, windows: Windows, count: int, progress: Progress | None
 ) -> Measure:
     layers, done = describe(model)["layers"], 0
-    total = sum(layers - step for step in range(amounts.layers))
+    total = sum(layers - step for step in range(count))
 
     def measure(gone: Any) -> float:
         nonlocal done
