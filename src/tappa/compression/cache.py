@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
 from tappa.compression.fit import check_expansion, check_mask
+from tappa.compression.history import History, watch_prompts
 from tappa.compression.hooks import LateHook, remove_all
 from tappa.compression.key_flow import NO_LAYERS, KeyFlow
 from tappa.compression.layer import CompressedLayer, by_segment
@@ -87,6 +88,7 @@ class CompressedCache(DynamicCache):
         self._known_rotary: RotaryChannels | None = None
         self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
+        self.history = History()
         known = {DynamicLayer, DynamicSlidingWindowLayer, *NO_LAYERS}
         kinds = {type(layer) for layer in self.layers} - known
         if kinds:
@@ -122,6 +124,7 @@ class CompressedCache(DynamicCache):
             self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
         )
         weakref.finalize(self, remove_all, handles)
+        watch_prompts(self)
 
     # ---- what users call
 
@@ -154,6 +157,7 @@ class CompressedCache(DynamicCache):
         """Forget everything, ready for another prompt."""
         super().reset()
         self.peak_nbytes = 0
+        self.history = History()
         self.frozen = self._failed = False
 
     @property
@@ -211,6 +215,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
+        twin.history = self.history.copy()
         twin._connect(self.switch.renewed(LateHook(twin._attend)), self._probe)
         return twin
 
@@ -229,6 +234,22 @@ class CompressedCache(DynamicCache):
                 f"{type(self.model).__name__} has layers with a sliding window, which take back no "
                 f"token in transformers {transformers.__version__}: {error}"
             ) from error
+        self.history.cut(self.tokens_seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.history.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take rows of the batch, by index or by a mask."""
+        super().batch_select_indices(indices)
+        self.history.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.history.repeat(repeats)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -275,6 +296,7 @@ class CompressedCache(DynamicCache):
             raise CompressionError("expected input_ids or inputs_embeds")
         self._check(ids, kwargs.get("attention_mask"))
         new, seen = ids.shape[1], self.tokens_seen
+        self.history.note(ids, seen, self._valid)
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
@@ -422,6 +444,7 @@ class CompressedCache(DynamicCache):
                 self.observe(mine, query, cascade=False)
         self._known_rotary, self._newest = None, NewestTokens()
         self.peak_nbytes = full.nbytes
+        self.history = full.history.copy()
 
     def balance(self) -> None:
         """Cut all layers to the budget."""

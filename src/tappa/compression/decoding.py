@@ -82,7 +82,11 @@ def generate(
             if stop:
                 decoder.finished |= stop(torch.cat([ids, *known, decoder.written[:, :done]], 1))
         steps.finish(run - done)
-        return torch.cat([ids, *known, decoder.written[:, :done]], 1)
+        output = torch.cat([ids, *known, decoder.written[:, :done]], 1)
+        start = cache.history.length  # steps of a graph do not tell the cache
+        if start < cache.tokens_seen:
+            cache.history.note(output[:, start : cache.tokens_seen], start)
+        return output
 
 
 def _check(
@@ -172,6 +176,7 @@ def why_not(cache: CompressedCache) -> str | None:
 def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Tensor | None:
     """Read what the cache lacks of the prompts: the first new tokens, or None if that is one."""
     seen = cache.tokens_seen
+    cache.history.check(ids)
     if ids.shape[1] <= seen:
         raise CompressionError(
             f"expected prompts of more than the {seen} tokens that the cache has seen, "
