@@ -19,6 +19,8 @@ from tiny import tiny_tokenizer
 
 tiny_model: Any = make_tiny
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
+load: Any = tappa.load
+prune_model: Any = tappa.prune
 TEXT = "It is a truth universally acknowledged"  # 38 tokens
 IDS = torch.arange(3, 34)[None]  # 31 tokens, of a vocabulary of 101
 
@@ -81,12 +83,12 @@ CASES: list[tuple[Call, str, str]] = [  # the call, what was expected, what came
     (lambda x: compressed(x, model="m"), "model of transformers", "got 'm'"),
     (lambda x: context(x, model=7), "model of transformers", "got 7"),
     (lambda x: tappa.record(x.loaded, IDS), "model of transformers", "got a LoadedModel"),
-    (lambda x: tappa.prune("m", x.calibration, layers=1), "model of transformers", "got 'm'"),
-    (lambda x: tappa.load(x.model), "model folder or a hub id", "got a LlamaForCausalLM"),
-    (lambda x: tappa.load(7), "model folder or a hub id", "got 7"),
-    (lambda x: tappa.load("m.gguf", dtype=[]), "the dtype auto, float32", "got '[]'"),
-    (lambda x: tappa.load("m.gguf", dtype="flaot32"), "the dtype auto", "did you mean 'float32'?"),
-    (lambda x: tappa.load("m.gguf", device="gpu"), "the device auto", "got 'gpu'"),
+    (lambda x: prune_model("m", x.calibration, layers=1), "model of transformers", "got 'm'"),
+    (lambda x: load(x.model), "model folder or a hub id", "got a LlamaForCausalLM"),
+    (lambda x: load(7), "model folder or a hub id", "got 7"),
+    (lambda x: load("m.gguf", dtype=[]), "the dtype auto, float32", "got '[]'"),
+    (lambda x: load("m.gguf", dtype="flaot32"), "the dtype auto", "did you mean 'float32'?"),
+    (lambda x: load("m.gguf", device="gpu"), "the device auto", "got 'gpu'"),
     # tokenizers
     (lambda x: analyze(x, tokenizer=None), "a tokenizer of transformers", "got None"),
     (lambda x: analyze(x, tokenizer="my/model"), "a tokenizer of transformers", "got 'my/model'"),
@@ -179,6 +181,12 @@ CASES: list[tuple[Call, str, str]] = [  # the call, what was expected, what came
     (lambda x: generate(x, attention_mask=[1]), "an attention mask as a tensor", "got [1]"),
     (lambda x: generate(x, stop="\n"), "stop as a function", "got '\\n'"),
     (lambda x: generate(x, show=7), "show as a function", "got 7"),
+    # what it takes
+    (lambda x: tappa.estimate("m", 7), "a model or its config", "got 'm'"),  # type: ignore[arg-type]
+    (lambda x: tappa.estimate(x.model, 0, "full"), "prompt_tokens as a whole number", "got 0"),
+    (lambda x: tappa.estimate(x.model, 7, "full", rows=True), "rows as a whole", "got True"),
+    (lambda x: tappa.estimate(x.model, 7, "full", chunk=2.5), "chunk as a whole", "got 2.5"),
+    (lambda x: tappa.estimate(x.model, 7, "cake"), BUDGET, "got None"),
     # calibration and pruning
     (lambda x: calibrate(x, window="17"), "window as a whole number from 1", "got '17'"),
     (lambda x: calibrate(x, window=513), "windows of 8 to 512 tokens", "got 513"),

@@ -205,6 +205,36 @@ def test_generate_prints_text_and_figures(run: Run, model: Path, text: Path) -> 
     assert all(word in stdout for word in ("tappa", "seen", "held", "at peak", "prefill", "decode"))
 
 
+def test_generate_tells_what_it_will_take(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """50 tokens; one layer of 3 KV heads, whose keys and values take 80 bytes a token."""
+    method = ("--method", "streaming_llm", "--budget", 40, "--max-new-tokens", 7)
+    options = ("--prompt-file", text, *method, "--device", "cpu", "--json")
+    code, stdout, _ = run("generate", model, *options, "--chunk", 17, "--dry-run")
+    told = json.loads(stdout)
+    assert (code, told["prompt_tokens"], told["new_tokens"]) == (0, 50, 7)
+    assert (told["full_nbytes"], told["held_nbytes"]) == (56 * 240, 40 * 240)
+    parameters = sum(p.numel() for p in tappa.load(model).model.parameters())
+    assert told["weights_nbytes"] == 4 * parameters
+    code, stdout, _ = run("generate", model, *options, "--chunk", 17)
+    found = json.loads(stdout)
+    assert (code, found["new_tokens"]) == (0, 7)
+    assert found["full_nbytes"] == told["full_nbytes"]
+    assert found["peak_nbytes"] <= told["peak_nbytes"]
+    assert found["nbytes"] <= told["held_nbytes"]
+    # with weights that cannot be read
+    (model_copy := tmp_path / "copy").mkdir()
+    for file in model.iterdir():
+        content = b"" if file.suffix == ".safetensors" else file.read_bytes()
+        (model_copy / file.name).write_bytes(content)
+    (model_copy / "model.safetensors").unlink()
+    code, stdout, _ = run("generate", model_copy, *options[:-1], "--dry-run")
+    assert code == 0
+    assert "50 of the prompt, 7 new" in stdout
+    assert "9.6 kB held at the end (71%)" in stdout
+
+
 def test_generate_as_json(run: Run, model: Path, text: Path) -> None:
     options = ("--method", "snapkv", "--budget", "0.9", "--max-new-tokens", 7, "--json")
     code, stdout, _ = run("generate", model, "--prompt", text.read_text(), *options)

@@ -18,6 +18,7 @@ from tappa.compression.cache import CompressedCache, Recorded
 from tappa.compression.layer import CompressedLayer
 from tappa.compression.methods import Method, method_named
 from tappa.compression.options import check_ids, check_padding
+from tappa.compression.reading import read_in_pieces
 from tappa.errors import CompressionError
 from tappa.wording import byte_size, counted, described
 
@@ -129,18 +130,11 @@ def compress_context(
     With `chunk`, it is read in pieces of that many tokens. Other arguments as in `compressed`.
     """
     cache = compressed(model, method, budget, **options)
-    read = cache.model
-    check_ids(input_ids, read)
+    check_ids(input_ids, cache.model)
     check_padding(attention_mask, input_ids)
     if chunk is not None:
         whole_number("chunk", chunk, 1, CompressionError)
-    device = next(model.parameters()).device
-    size = chunk or input_ids.shape[1]
-    with torch.inference_mode():
-        for end in range(size, input_ids.shape[1] + size, size):
-            piece = input_ids[:, end - size : end].to(device)
-            mask = None if attention_mask is None else attention_mask[:, :end].to(device)
-            read(piece, attention_mask=mask, logits_to_keep=1, **with_cache(read, cache))
+    read_in_pieces(cache, input_ids, chunk or input_ids.shape[1], attention_mask)
     cache.frozen = True
     return CompressedContext(cache)
 
