@@ -92,7 +92,7 @@ def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:
     write_choice_suite(tmp_path / "suite", per_task=3)
     done = typed(
         *("lm-eval", "--model", "tappa", "--tasks", "choice_arithmetic", "--limit", 2),
-        *("--model_args", f"pretrained={model},method=snapkv,budget=64", "--device", "cpu"),
+        *("--model_args", f"pretrained={model},method=snapkv,budget=64"),
         *("--include_path", tmp_path / "suite", "--output_path", tmp_path / "out"),
         folder=tmp_path,
     )

@@ -54,7 +54,7 @@ def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -
             if length > lm.max_length:
                 raise EvaluationError(
                     f"{name}: {length} tokens are more than the model's context of "
-                    f"{lm.max_length}: choose other --lengths"
+                    f"{lm.max_length}: choose other lengths"
                 )
     found: list[Sample] = []
     for name in dict.fromkeys(names):
