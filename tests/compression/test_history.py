@@ -68,8 +68,6 @@ def test_a_cache_tells_which_texts_go_on_with_it() -> None:
     assert not cache.continues(text[:, :32])
     assert not cache.continues(longer(OTHER))
     assert not cache.continues(longer(text).expand(2, -1))
-    with pytest.raises(CompressionError, match="expected token ids as a tensor"):
-        cache.continues([1, 2])
     cache.reset()
     assert cache.continues(OTHER)
 

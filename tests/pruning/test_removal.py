@@ -342,6 +342,7 @@ def test_the_training_in_the_docs_lowers_the_loss() -> None:
     text = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text(encoding="utf-8")
     example = next(part for part in text.split("```python\n")[1:] if "AdamW" in part)
     model, tokenizer = tiny_model("llama", num_hidden_layers=3, **WIDE), tiny_tokenizer()
+    model.requires_grad_(False)  # as tappa.load gives it
     sentence = "It is a truth universally acknowledged, that a man wants a wife. "
     calibration = tappa.calibrate(model, tokenizer, sentence, window=31)
     prune(model, calibration, layers=1, kv_groups=1)

@@ -144,15 +144,18 @@ def prune(
 
     `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
     `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
-    will do for what needs q-similarity only. What is left can be trained if it could before
-    (`tappa.load` freezes a model, `requires_grad_(True)` ends that). Raises PruningError, and
-    nothing is altered then.
+    will do for what needs q-similarity only. What is left can be trained: a model that is frozen as a
+    whole, as `tappa.load` gives it, is no longer; parameters of another are as trainable as before.
+    Raises PruningError, and nothing is altered then.
     """
     names = [one.name for one in fields(Amounts)]
     if unknown := [name for name in amounts if name not in names]:
         hint = did_you_mean(unknown[0], names)
         raise PruningError(f"expected amounts of {', '.join(names)}, got {unknown[0]!r}{hint}")
-    return apply(model, plan(model, known, Amounts(**amounts), windows))
+    smaller = apply(model, plan(model, known, Amounts(**amounts), windows))
+    if not any(parameter.requires_grad for parameter in smaller.parameters()):
+        smaller.requires_grad_(True)
+    return smaller
 
 
 def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
