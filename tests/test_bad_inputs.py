@@ -185,7 +185,7 @@ CASES: list[tuple[Call, str, str]] = [  # the call, what was expected, what came
     (lambda x: tappa.estimate("m", 7), "a model or its config", "got 'm'"),  # type: ignore[arg-type]
     (lambda x: tappa.estimate(x.model, 0, "full"), "prompt_tokens as a whole number", "got 0"),
     (lambda x: tappa.estimate(x.model, 7, "full", rows=True), "rows as a whole", "got True"),
-    (lambda x: tappa.estimate(x.model, 7, "full", chunk=2.5), "chunk as a whole", "got 2.5"),
+    (lambda x: tappa.estimate(x.model, 7, "full", chunk=2.5), "chunk as a whole", "got 2.5"),  # type: ignore[arg-type]
     (lambda x: tappa.estimate(x.model, 7, "cake"), BUDGET, "got None"),
     # calibration and pruning
     (lambda x: calibrate(x, window="17"), "window as a whole number from 1", "got '17'"),

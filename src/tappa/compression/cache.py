@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -256,7 +256,7 @@ class CompressedCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(Any, beam_idx))
         self.history.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
