@@ -144,9 +144,9 @@ def prune(
 
     `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
     `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
-    will do for what needs q-similarity only. What is left can be trained: a model that is frozen as a
-    whole, as `tappa.load` gives it, is no longer; parameters of another are as trainable as before.
-    Raises PruningError, and nothing is altered then.
+    will do for what needs q-similarity only. What is left can be trained: a model that
+    is frozen as a whole, as `tappa.load` gives it, is no longer; parameters of another are as
+    trainable as before. Raises PruningError, and nothing is altered then.
     """
     names = [one.name for one in fields(Amounts)]
     if unknown := [name for name in amounts if name not in names]:
