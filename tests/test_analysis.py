@@ -342,7 +342,7 @@ def test_load_refuses_sums_of_nothing(llama: Analysis, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [0, -1])
 def test_chunks_that_do_not_do(chunk: int) -> None:
-    with pytest.raises(TextError, match=f"at least 1 token, got {chunk}"):
+    with pytest.raises(TextError, match=f"chunk as a whole number from 1 on, got {chunk}"):
         analyze(tiny_model("llama"), tiny_tokenizer(), "a" * 20, chunk=chunk)
 
 

@@ -50,7 +50,7 @@ def test_json_and_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None
     names = {"q_similarity", "k_similarity", "dominant_channel", "dominant_share", "period"}
     names |= {"sink_mass", "predictability", "explained", "observed"}
     assert all(names <= head.keys() for head in found["heads"])
-    files = ["analysis.json", "heads.csv", "report.html", "views.npz"]
+    files = ["analysis.json", "asked.json", "heads.csv", "report.html", "views.npz"]
     assert files_below(tmp_path / "new") == [f"out/{name}" for name in files]
     assert tappa.Analysis.load(out / "analysis.json").summary() == found
     rows = list(csv.DictReader((out / "heads.csv").read_text().splitlines()))
@@ -67,7 +67,38 @@ def test_the_terminal_shows_the_analysis(run: Run, model: Path, text: Path, tmp_
     assert "1 layers, 6 heads, 60 tokens in 2 prompt(s)" in " ".join(stdout.split())
     assert "bounds of the theorems: 0 violations" in stdout
     assert f"wrote {out / 'analysis.json'}, {out / 'heads.csv'}" in " ".join(stdout.split())
-    assert files_below(out) == ["analysis.json", "heads.csv"]
+    assert files_below(out) == ["analysis.json", "asked.json", "heads.csv"]
+
+
+def test_another_analysis_is_replaced_by_force_only(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", text.with_name("other.txt")
+    other.write_text(TEXT[:29])
+
+    def tokens_after(*options: object) -> tuple[int, str, int]:
+        known = ("--device", "cpu", "--no-report", "--out", out)
+        code, _, stderr = run("analyze", *options, *known)
+        return code, stderr, sum(tappa.Analysis.load(out / "analysis.json").prompts)
+
+    assert tokens_after(model, "--text", text) == (0, "", 50)
+    assert tokens_after(model, "--text", text, "--chunk", 8) == (0, "", 50)
+    code, stderr, tokens = tokens_after(model, "--text", other)
+    assert (code, tokens, stderr.count("\n")) == (2, 50, 1)
+    assert "holds another analysis (texts is ['text.txt (" in stderr
+    assert "there and ['other.txt (" in stderr
+    assert "--force" in stderr
+    code, stderr, tokens = tokens_after(model, "--text", text, "--tokens", 31)
+    assert (code, tokens) == (2, 50)
+    assert "tokens is None there and 31 now" in stderr
+    code, stderr, tokens = tokens_after(model / "no", "--text", text)
+    assert (code, tokens) == (2, 50)
+    assert f"model is '{model}' there" in stderr
+    assert tokens_after(model, "--text", other, "--force") == (0, "", 29)
+    (out / "asked.json").unlink()
+    code, stderr, tokens = tokens_after(model, "--text", other)
+    assert (code, tokens) == (2, 29)
+    assert "it has no asked.json" in stderr
 
 
 def test_a_start_imports_nothing_optional() -> None:
@@ -130,7 +161,7 @@ def test_bad_text(
     ("options", "message"),
     [
         (("--tokens", "513"), "more than the model's context of 512 tokens"),
-        (("--tokens", "3"), "expected at least 8 tokens, got tokens=3"),
+        (("--tokens", "3"), "expected tokens as a whole number from 8 on, got 3"),
         (
             ("--device", "warp"),
             "expected the device auto, all, tp, cpu, cuda or cuda:N, got",
@@ -172,6 +203,36 @@ def test_generate_prints_text_and_figures(run: Run, model: Path, text: Path) -> 
     code, stdout, _ = run("generate", model, "--prompt-file", text, *options)
     assert code == 0
     assert all(word in stdout for word in ("tappa", "seen", "held", "at peak", "prefill", "decode"))
+
+
+def test_generate_tells_what_it_will_take(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """50 tokens; one layer of 3 KV heads, whose keys and values take 80 bytes a token."""
+    method = ("--method", "streaming_llm", "--budget", 40, "--max-new-tokens", 7)
+    options = ("--prompt-file", text, *method, "--device", "cpu", "--json")
+    code, stdout, _ = run("generate", model, *options, "--chunk", 17, "--dry-run")
+    told = json.loads(stdout)
+    assert (code, told["prompt_tokens"], told["new_tokens"]) == (0, 50, 7)
+    assert (told["full_nbytes"], told["held_nbytes"]) == (56 * 240, 40 * 240)
+    parameters = sum(p.numel() for p in tappa.load(model).model.parameters())
+    assert told["weights_nbytes"] == 4 * parameters
+    code, stdout, _ = run("generate", model, *options, "--chunk", 17)
+    found = json.loads(stdout)
+    assert (code, found["new_tokens"]) == (0, 7)
+    assert found["full_nbytes"] == told["full_nbytes"]
+    assert found["peak_nbytes"] <= told["peak_nbytes"]
+    assert found["nbytes"] <= told["held_nbytes"]
+    # with weights that cannot be read
+    (model_copy := tmp_path / "copy").mkdir()
+    for file in model.iterdir():
+        content = b"" if file.suffix == ".safetensors" else file.read_bytes()
+        (model_copy / file.name).write_bytes(content)
+    (model_copy / "model.safetensors").unlink()
+    code, stdout, _ = run("generate", model_copy, *options[:-1], "--dry-run")
+    assert code == 0
+    assert "50 of the prompt, 7 new" in stdout
+    assert "9.6 kB held at the end (71%)" in stdout
 
 
 def test_generate_as_json(run: Run, model: Path, text: Path) -> None:

@@ -1,6 +1,7 @@
 """Data flows one way: a module imports only modules that stand above it in ORDER."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "tappa"
 ORDER = [
     "versions",
     "errors",
+    "wording",
+    "arguments",
     "files",
     "hooks",
     "interrupts",
@@ -71,6 +74,32 @@ def against_the_order(module: str, source: str) -> set[str]:
     """What a module imports although it stands below it, or nowhere, in ORDER."""
     position = ORDER.index(module)
     return imported(source) - set(ORDER[: position + 1])
+
+
+def flags_named(source: str) -> list[str]:
+    """Strings of a source, docstrings left out, that name an option of the command line."""
+    tree = ast.parse(source)
+    told = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    found = [n.value for n in texts if isinstance(n.value, str) and id(n) not in told]
+    return [text for text in found if re.search(r"(^|[ (])--[a-z]", text)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_the_command_line_names_its_options(path):
+    others = "with 'ray start --head', or"  # an option of another program
+    named = [text for text in flags_named(path.read_text()) if others not in text]
+    assert named == [] or top_module(path) == "cli"
+
+
+def test_the_check_sees_an_option():
+    assert flags_named('"""Of --force."""\nraise E(f"{x}: choose --force")') == [": choose --force"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -68,7 +68,7 @@ def test_encode_texts_takes_2048_tokens_by_default_or_the_context():
     [
         (["1234567"], None, "at least 8 tokens, the text has 7"),
         (["12345678", ""], None, "at least 8 tokens, text 2 of 2 has 0"),
-        (["12345678"], 7, "at least 8 tokens, got tokens=7"),
+        (["12345678"], 7, "tokens as a whole number from 8 on, got 7"),
         (["12345678"], 101, "101 tokens are more than the model's context of 100 tokens"),
         ([], None, "at least one text"),
     ],

@@ -1,7 +1,7 @@
 """tappa: why attention heads do what they do, and what that is good for."""
 
 from tappa.analysis import Analysis, analyze
-from tappa.compression import compress_context, compressed, generate, record
+from tappa.compression import compress_context, compressed, estimate, generate, record
 from tappa.errors import TappaError
 from tappa.layer_statistics import Settings
 from tappa.models import load
@@ -18,6 +18,7 @@ __all__ = [
     "calibrate",
     "compress_context",
     "compressed",
+    "estimate",
     "generate",
     "load",
     "prune",

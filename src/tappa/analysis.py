@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tappa.adapters import unwrapped
+from tappa.adapters import require_tokenizer, unwrapped
+from tappa.arguments import check_callable, path_of, whole_number
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import first_line
-from tappa.errors import AnalysisFileError, TextError
+from tappa.errors import AnalysisFileError, TappaError, TextError
 from tappa.figures import head_figures
 from tappa.files import write_atomic
 from tappa.head_counts import kv_heads, one_or_all, query_heads
@@ -24,7 +25,8 @@ from tappa.layer_statistics import LayerStatistics, PromptReading, Settings
 from tappa.models import context_length
 from tappa.patterns import agreement, name_patterns
 from tappa.tensor_parallel import HeadShards
-from tappa.texts import encode_texts
+from tappa.texts import as_texts, encode_texts
+from tappa.wording import counted, described
 
 SCHEMA = "tappa.analysis/1"
 SHARDS = 256  # groups of prompts at most, however many there are
@@ -44,6 +46,13 @@ class Analysis:
     prompts: list[int]  # tokens of each prompt
     layers: list[LayerStatistics]
     settings: Settings = field(default_factory=Settings)
+
+    def __repr__(self) -> str:
+        count, heads = int(self.model["layers"]), self.model["heads"]
+        total = sum(heads) if isinstance(heads, list) else count * heads
+        size = f"{counted(count, 'layer')}, {counted(total, 'head')}"
+        read = f"{counted(sum(self.prompts), 'token')} in {counted(len(self.prompts), 'prompt')}"
+        return f"<Analysis of {self.model['name']}: {size}; {read}>"
 
     @cached_property
     def heads(self) -> list[dict[str, Any]]:
@@ -75,6 +84,8 @@ class Analysis:
         Raises:
             AnalysisFileError: of different models or with different settings.
         """
+        if not isinstance(other, Analysis):
+            raise AnalysisFileError(f"expected an Analysis to merge with, got {described(other)}")
         for name in ("model", "settings"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -102,8 +113,9 @@ class Analysis:
         Raises:
             AnalysisFileError: missing, not JSON, another schema, or incomplete.
         """
+        path = path_of(path, AnalysisFileError)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise AnalysisFileError(f"cannot read the Analysis {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -143,7 +155,7 @@ def _read_layer(content: dict[str, Any]) -> LayerStatistics:
 def analyze(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
+    texts: str | Path | Sequence[str | Path],
     *,
     tokens: int | None = None,
     settings: Settings | None = None,
@@ -152,7 +164,8 @@ def analyze(
 ) -> Analysis:
     """Analyse every attention head of a RoPE language model on some texts.
 
-    Each text is one prompt of its first `tokens` tokens (default 2048, or the model's context).
+    Each text is one prompt of its first `tokens` tokens (default 2048, or the model's context). A
+    `Path` stands for the text of that file.
     With `chunk`, prompts are prefilled in pieces of that many tokens, for prompts whose
     activations do not fit in memory. `progress(done, total)` is called after every layer.
 
@@ -163,8 +176,11 @@ def analyze(
         TextError, ModelError, CaptureError, NonFiniteError: one line that says what is wrong.
     """
     model = unwrapped(model)
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    prompts = encode_texts(tokenizer, texts, tokens, context_length(model))
+    require_tokenizer(tokenizer)
+    check_callable("progress", progress)
+    if settings is not None and not isinstance(settings, Settings):
+        raise TappaError(f"expected settings as tappa.Settings, got {described(settings)}")
+    prompts = encode_texts(tokenizer, as_texts(texts), tokens, context_length(model))
     steps = forward_passes(prompts, chunk) * int(model.config.get_text_config().num_hidden_layers)
     done = 0
 
@@ -190,8 +206,8 @@ def shards_of(prompts: Sequence[Ids]) -> list[Sequence[Ids]]:
 
 def forward_passes(prompts: Sequence[Ids], chunk: int | None) -> int:
     """How often a model runs to read them. Raises TextError for a chunk that cannot be."""
-    if chunk is not None and chunk < 1:
-        raise TextError(f"expected a chunk of at least 1 token, got {chunk}")
+    if chunk is not None:
+        whole_number("chunk", chunk, 1, TextError)
     return sum(-(-len(ids) // chunk) if chunk else 1 for ids in prompts)
 
 

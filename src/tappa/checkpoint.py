@@ -31,6 +31,12 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
+    def __repr__(self) -> str:
+        model, tokenizer = self
+        kind = str(model.dtype).removeprefix("torch.")
+        what = f"{type(model).__name__} {model.name_or_path}, {kind} on {model.device}"
+        return f"<LoadedModel {what}; {type(tokenizer).__name__} of {len(tokenizer):,} tokens>"
+
 
 def load_folder(folder: Path, label: str, options: dict[str, Any]) -> LoadedModel:
     """The causal model and the tokenizer in a folder.
@@ -41,10 +47,20 @@ def load_folder(folder: Path, label: str, options: dict[str, Any]) -> LoadedMode
     _check_files(folder, label)
     with library_errors(f"cannot load the model {label}"):
         model = load_model(folder, label, config=config, use_safetensors=True, **options)
+    return LoadedModel(model, _read_tokenizer(folder, label, options["trust_remote_code"]))
+
+
+def describe_folder(
+    folder: Path, label: str, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The config and the tokenizer in a folder: no weight is read. Raises ModelError."""
+    config = _read_config(folder, label, trust_remote_code)
+    return config, _read_tokenizer(folder, label, trust_remote_code)
+
+
+def _read_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     with library_errors(f"cannot load the tokenizer of {label}"):
-        remote = options["trust_remote_code"]
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
-    return LoadedModel(model, tokenizer)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def load_model(folder: Path, label: str, **options: Any) -> PreTrainedModel:

@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tappa.analysis import Analysis
-from tappa.compression import Written
+from tappa.compression import Estimate, Written
 from tappa.patterns import LABELS, explain
 from tappa.pruning import Calibration, Plan, layer_rows
+from tappa.wording import byte_size
 
 LETTERS = dict(zip(LABELS, "RSPL·", strict=True))
 STYLES = dict(zip(LABELS, ("cyan", "green", "magenta", "yellow", "dim"), strict=True))
@@ -119,6 +120,25 @@ def render_written(written: Written, method: str) -> RenderableType:
         f"decode {written.decode_seconds:.2f} s ({written.new_tokens:,} tokens, {rate:.1f} per s)",
     )
     return Group(Text("\n"), table)
+
+
+def render_estimate(
+    expected: Estimate, prompt: int, new: int, weights: int | None
+) -> RenderableType:
+    """What a KV cache will take at most."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    share = expected.held_nbytes / expected.full_nbytes
+    table.add_row("tokens", f"{prompt:,} of the prompt, {new:,} new")
+    table.add_row("weights", "unknown before a download" if weights is None else byte_size(weights))
+    table.add_row("full cache", f"{byte_size(expected.full_nbytes)} for all tokens")
+    table.add_row("KV cache", f"{byte_size(expected.held_nbytes)} held at the end ({share:.0%})")
+    largest = f"largest layer before it is cut {byte_size(expected.layer_nbytes)}"
+    table.add_row(
+        "at peak", f"{byte_size(expected.peak_nbytes)} while the prompt is read; {largest}"
+    )
+    return table
 
 
 def render_methods(described: dict[str, str]) -> RenderableType:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tappa.arguments import path_of
 from tappa.errors import OutputError
 
 
@@ -20,7 +21,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     The data goes to a temporary file in the same folder, is flushed to the disk, and takes the
     place of `path` in one step. Returns the path. Raises OutputError when that is not possible.
     """
-    path = Path(path)
+    path = path_of(path, OutputError)
     content = data.encode("utf-8") if isinstance(data, str) else data
     try:
         target = path.resolve()  # a link stays one: its target is replaced

@@ -45,7 +45,7 @@ class LayerStatistics:
     layer: int
     theta: list[float]  # frequency of every rotated channel, radians per token
     scale: float
-    sums: dict[str, np.ndarray]
+    sums: dict[str, np.ndarray] = field(repr=False)
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
         if self.theta != other.theta:

@@ -15,13 +15,21 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tappa.checkpoint import LoadedModel, first_line, library_errors, load_folder, quiet
+from tappa.checkpoint import (
+    LoadedModel,
+    describe_folder,
+    first_line,
+    library_errors,
+    load_folder,
+    quiet,
+)
 from tappa.errors import ModelError
-from tappa.gguf_files import read_gguf
+from tappa.gguf_files import describe_gguf, read_gguf
+from tappa.wording import described, did_you_mean
 
-__all__ = ["LoadedModel", "context_length", "load", "local_path", "require_rope"]
+__all__ = ["LoadedModel", "context_length", "load", "load_config", "local_path", "require_rope"]
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -63,6 +71,10 @@ def load(
 
         model, tokenizer = tappa.load("my-model.gguf")
     """
+    if name is not None and not isinstance(name, str | Path):
+        raise ModelError(
+            f"expected a .gguf file, a model folder or a hub id, got {described(name)}"
+        )
     place, spread = _device(str(device)), _spread(str(device))
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, place),
@@ -84,6 +96,32 @@ def load(
             model.to(place)  # type: ignore[arg-type]
     model.config._name_or_path = model.name_or_path = label
     return LoadedModel(model.eval().requires_grad_(False), tokenizer)
+
+
+def load_config(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, torch.dtype]:
+    """What `load` would load, without its weights: config, tokenizer, type of its numbers.
+
+    Raises ModelError.
+    """
+    label = DEFAULT_NAME if name is None else str(name)
+    source = _default_source() if name is None else str(name)
+    path = _find(source, trust_remote_code, weights=False)
+    with _one_at_a_time, quiet():
+        if path.is_file():
+            config, tokenizer = describe_gguf(path, label)
+        else:
+            config, tokenizer = describe_folder(path, label, trust_remote_code)
+    kind = _dtype(dtype, _device(str(device)))
+    if kind == "auto":  # of a GGUF file float32, of others their own
+        kind = torch.float32 if path.is_file() else (config.dtype or torch.float32)
+    assert isinstance(kind, torch.dtype)
+    return config, tokenizer, kind
 
 
 def local_path(name: str | None = None) -> Path | None:
@@ -141,11 +179,11 @@ def _spread(device: str) -> dict[str, Any]:
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise ModelError(f"expected the dtype auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
-    return DTYPES[str(dtype)]
+    known = {**DTYPES, **{str(kind): kind for kind in DTYPES.values()}}
+    if str(dtype) not in known:
+        hint = did_you_mean(str(dtype), DTYPES)
+        raise ModelError(f"expected the dtype auto, {', '.join(DTYPES)}, got {str(dtype)!r}{hint}")
+    return known[str(dtype)]
 
 
 def _default_source() -> str:
@@ -156,8 +194,8 @@ def _default_source() -> str:
     return files[0] if files else DEFAULT_HUB_ID
 
 
-def _find(name: str, trust_remote_code: bool) -> Path:
-    """The GGUF file or the folder of a model; a hub id is downloaded."""
+def _find(name: str, trust_remote_code: bool, weights: bool = True) -> Path:
+    """The GGUF file or the folder of a model; a hub id is downloaded, with its weights or not."""
     path = Path(name).expanduser()
     if not name.strip() or (path.is_file() and path.suffix.lower() != ".gguf"):
         raise ModelError(f"expected a .gguf file, a model folder or a hub id, got {name!r}")
@@ -165,7 +203,8 @@ def _find(name: str, trust_remote_code: bool) -> Path:
         return path.resolve()
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no such model file or folder: {name}")
-    return _download(name, [*_FILES, "*.py"] if trust_remote_code else _FILES)
+    files = [*_FILES, *(["*.py"] if trust_remote_code else [])]
+    return _download(name, files if weights else [x for x in files if x != "*.safetensors"])
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

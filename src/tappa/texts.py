@@ -1,13 +1,16 @@
 """Texts: reading them, the one shipped with the package, and the tokens a model sees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tappa.arguments import whole_number
 from tappa.errors import TextError
+from tappa.wording import described
 
 MIN_TOKENS = 8
 DEFAULT_TOKENS = 2048
@@ -94,6 +97,17 @@ def require_unicode(text: str, what: str) -> None:
         raise TextError(f"expected text, got a lone surrogate U+{code:04X} {place}") from error
 
 
+def as_texts(texts: Any) -> list[str]:
+    """One text or several: a str as it is, a Path as the text of its file. Raises TextError."""
+    single = isinstance(texts, str | bytes | Path | Mapping) or not isinstance(texts, Iterable)
+    found = [texts] if single else list(texts)
+    for one in found:
+        if not isinstance(one, str | Path):
+            ids = ": its text is wanted, not its token ids" if isinstance(texts, Iterable) else ""
+            raise TextError(f"expected a text as str or Path, got {described(one)}{ids}")
+    return [read_text(one) if isinstance(one, Path) else one for one in found]
+
+
 def in_chat_template(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A user's message in the tokenizer's chat template, up to where the answer begins.
 
@@ -147,8 +161,7 @@ def encode_texts(
 def _limit(tokens: int | None, context: int | None) -> int:
     if tokens is None:
         return min(DEFAULT_TOKENS, context or DEFAULT_TOKENS)
-    if tokens < MIN_TOKENS:
-        raise TextError(f"expected at least {MIN_TOKENS} tokens, got tokens={tokens}")
+    tokens = whole_number("tokens", tokens, MIN_TOKENS, TextError)
     if context is not None and tokens > context:
         raise TextError(f"{tokens} tokens are more than the model's context of {context} tokens")
     return tokens

@@ -283,7 +283,7 @@ def test_one_worker_goes_on_where_many_began(run: Run, source: ModelSource, tmp_
     alone, begun = tmp_path / "alone", tmp_path / "begun"
     options = ("--device", "cpu", "--no-report")
     assert run("analyze", source.name, *texts, *options, "--out", alone)[0] == 0
-    assert sorted(p.name for p in alone.iterdir()) == ["analysis.json", "heads.csv"]
+    assert sorted(p.name for p in alone.iterdir()) == ["analysis.json", "asked.json", "heads.csv"]
     with pytest.raises(KeyboardInterrupt):
         analyze_texts(Elsewhere(source, stop=2), TEXTS[:3], folder=begun)
     code, _, errors = run("analyze", source.name, *texts, *options, "--out", begun)

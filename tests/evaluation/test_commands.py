@@ -92,7 +92,7 @@ def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:
     write_choice_suite(tmp_path / "suite", per_task=3)
     done = typed(
         *("lm-eval", "--model", "tappa", "--tasks", "choice_arithmetic", "--limit", 2),
-        *("--model_args", f"pretrained={model},method=snapkv,budget=64", "--device", "cpu"),
+        *("--model_args", f"pretrained={model},method=snapkv,budget=64"),
         *("--include_path", tmp_path / "suite", "--output_path", tmp_path / "out"),
         folder=tmp_path,
     )
@@ -105,9 +105,31 @@ def test_lm_eval_knows_tappa(model: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").rglob("results_*.json"))
 
 
+@pytest.mark.parametrize("option", ["--include-path", "--include_path"])
+def test_the_task_of_the_docs(model: Path, tmp_path: Path, option: str) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    folder = tmp_path / "my-tasks"
+    folder.mkdir()
+    task = docs.split("```yaml\n")[1].split("```")[0]
+    (folder / "capitals.yaml").write_text(task)
+    (folder / "capitals.jsonl").write_text(docs.split("```json\n")[1].split("```")[0])
+    options = ("--methods", "full,snapkv", "--budgets", "36", option, "my-tasks")
+    wrong = typed("eval", model, *options, "--tasks", "capitels", folder=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "did you mean capitals?" in wrong.stderr
+    done = typed("eval", model, *options, "--tasks", "capitals", "-o", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "capitals" in done.stdout
+    frame = pd.read_parquet(tmp_path / "out" / "samples.parquet")
+    assert set(frame["task"]) == {"capitals"}
+    assert len(frame) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--include-path", "nowhere"), "expected a folder of lm-eval task files, got nowhere"),
+        (("--include-path", "."), "expected lm-eval task files (*.yaml) in ., got none"),
         (("--methods", "snapvk"), "did you mean 'snapkv'"),
         (("--budgets", "5"), "at least 36 tokens"),
         (("--budgets", "a"), "expected a budget such as"),

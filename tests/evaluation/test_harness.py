@@ -1,11 +1,13 @@
 """The model type `tappa` of lm-eval, on the packaged SmolLM2."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
@@ -13,11 +15,11 @@ import tappa
 from near_ties import watched
 from tappa.cache_argument import with_cache
 from tappa.compression.stepping import FixedSteps
-from tappa.errors import CompressionError, EvaluationError, TextError
+from tappa.errors import CompressionError, EvaluationError, ModelError, TextError
 from tappa.evaluation.harness import TappaLM, read, score_continuation
 from tappa.models import LoadedModel
 from tappa.texts import packaged_text
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 TEXTS = [packaged_text()[start : start + size] for start, size in ((0, 900), (3000, 500))]
@@ -55,6 +57,19 @@ def plain(smollm2: LoadedModel) -> HFLM:
 def test_lm_eval_knows_the_type() -> None:
     assert get_model("tappa") is TappaLM
     assert get_model("hf") is HFLM
+
+
+def test_without_a_gpu_the_default_device_of_lm_eval_is_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = str(save_tiny(tmp_path))
+    given = {"pretrained": folder, "method": "streaming_llm", "budget": 64}
+    lm = TappaLM.create_from_arg_obj(given, {"device": EvaluatorConfig().device, "batch_size": 1})
+    assert lm.device == torch.device("cpu")
+    assert lm.model.device == torch.device("cpu")
+    with pytest.raises(ModelError, match="got 'cuda:1': PyTorch sees no GPU"):
+        TappaLM.create_from_arg_obj(given, {"device": "cuda:1", "batch_size": 1})
 
 
 @pytest.mark.parametrize(("method", "budget"), [("full", 512), ("tappa", 2000)])

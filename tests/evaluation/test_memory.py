@@ -126,7 +126,7 @@ def test_other_errors_are_not_hidden(lm: GridLM, tiny: LoadedModel, tmp_path: Pa
 def test_processes_of_torchrun_do_not_halve(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them alone would wait for the others for ever."""
     monkeypatch.setattr("tappa.evaluation.memory.rank_of_torchrun", lambda: 0)
-    with pytest.raises(EvaluationError, match="choose a smaller --batch"):
+    with pytest.raises(EvaluationError, match="choose a smaller batch"):
         Room().shrink("fidelity", 4, 5, out_of_memory())
 
 

@@ -20,6 +20,7 @@ from tappa.pruning import (
     layers_to_remove,
     normalised,
 )
+from tappa.pruning.orders import layer_count
 
 PUBLISHED = json.loads(
     (Path(__file__).parents[1] / "data" / "pruning_llama2_7b.json").read_text(encoding="utf-8")
@@ -108,6 +109,25 @@ def test_every_order_names_each_layer_once(order: str, layers: int, data: st.Dat
     found = layers_to_remove(order, Known(scores[0], scores[1], count))
     assert len(found) == len(set(found)) == count
     assert all(0 <= layer < layers for layer in found)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers", "count"),
+    [
+        *((0, 7, 0), (3, 7, 3), (0.2, 30, 6), (0.1, 30, 3), (0.29, 100, 29), (0.34, 3, 1)),
+        *((0.01, 30, 1), (0.99, 30, 29), (0.5, 7, 3)),
+    ],
+)
+def test_a_share_of_layers_is_rounded_down_to_one_at_least(
+    wanted: float, layers: int, count: int
+) -> None:
+    assert layer_count(wanted, layers) == count
+
+
+@pytest.mark.parametrize("wanted", [0.0, 1.0, -0.2, 20.0, float("nan"), float("inf")])
+def test_what_is_no_share_of_layers(wanted: float) -> None:
+    with pytest.raises(PruningError, match=f"above 0 and below 1, got {wanted!r}"):
+        layer_count(wanted, 30)
 
 
 def test_what_cannot_be_ordered() -> None:

@@ -55,9 +55,11 @@ def test_a_dry_run_prints_scores_and_writes_nothing(
     removed = sorted((r for r in found["layers"] if r["removed"]), key=lambda r: r["removed"])
     assert [r["layer"] for r in removed] == found["plan"]["layers"]
     assert all(
-        r["bi_prime"] <= min(k["bi_prime"] for k in found["layers"] if not k["removed"])
-        for r in removed
+        r["bi"] <= min(k["bi"] for k in found["layers"] if not k["removed"]) for r in removed
     )
+    for share in ("40%", "0.59"):  # 2 of 5 layers, and 2.95
+        code, out, _ = run("prune", *files, "--layers", share, "--dry-run", "--json")
+        assert json.loads(out)["plan"]["layers"] == found["plan"]["layers"]
 
 
 def test_a_checkpoint_with_card_figures_and_plot(
@@ -88,6 +90,7 @@ def test_a_checkpoint_with_card_figures_and_plot(
     assert "Measured on cpu, " in card
     code, _, errors = run("prune", *files, "--layers", 1, "--out", out)
     assert (code, "not empty" in errors) == (2, True)
+    assert "or --force to replace it" in errors
     code, _, _ = run("prune", *files, "--layers", 1, "--out", out, "--force")
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 4
 
@@ -150,6 +153,9 @@ def test_from_a_gguf(run: Run, files: list[object], tmp_path: Path) -> None:
         (["--layers", 6, "--dry-run"], "cannot remove 6 of 5 layers"),
         (["--layers", -1, "--dry-run"], "0 or more, got -1"),
         (["--layers", 1, "--order", "bi_prim", "--dry-run"], "did you mean 'bi_prime'"),
+        (["--layers", "0%", "--dry-run"], "above 0 and below 1, got 0.0"),
+        (["--layers", "100%", "--dry-run"], "above 0 and below 1, got 1.0"),
+        (["--layers", "a few", "--dry-run"], "a number or a share (20%), got 'a few'"),
         (["--layers", 1], "--out FOLDER"),
         (["--layers", 1, "--dry-run", "--plot", "x.gif"], ".png, .svg or .pdf"),
         (["--layers", 1, "--dry-run", "--importance", "size"], "got 'size'"),

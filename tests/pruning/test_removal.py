@@ -286,7 +286,7 @@ def test_an_analysis_knows_q_similarity() -> None:
     heads = plan(model, analysis, Amounts(query_heads=1, importance="dissimilarity")).query_heads
     best = analysis.to_frame().sort_values("q_similarity").iloc[-1]
     assert heads == [(best["layer"], best["head"])]
-    with pytest.raises(PruningError, match="no block influence, which the order bi_prime needs"):
+    with pytest.raises(PruningError, match="no block influence, which the order bi needs"):
         plan(model, analysis, Amounts(layers=2))
     with pytest.raises(PruningError, match="no outputs of heads"):
         prune(model, analysis, kv_groups=1)
@@ -315,6 +315,47 @@ def test_greedy_measures_the_model_itself() -> None:
         plan(model, calibration, Amounts(layers=1, order="greedy"))
 
 
+def test_a_share_of_layers_goes_in_the_default_order() -> None:
+    model = tiny_model("llama", num_hidden_layers=7)
+    windows = Windows.of(model, tiny_tokenizer(), "A truth universally. " * 9, window=31, limit=2)
+    calibration = calibrate_on(model, windows)
+    least = calibration.block_influence.argsort(kind="stable").tolist()
+    assert plan(model, calibration, Amounts(layers=3)).layers == least[:3]
+    share = plan(model, calibration, Amounts(layers=0.43))  # 3.01 layers
+    assert (share.layers, share.settings["layers"], share.settings["order"]) == (least[:3], 3, "bi")
+    assert len(prune(model, calibration, layers=0.43).model.layers) == 4
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_left_is_as_trainable_as_before(trained: bool) -> None:
+    model = tiny_model("qwen2", num_hidden_layers=3, **WIDE).requires_grad_(trained)
+    model.model.embed_tokens.requires_grad_(not trained)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    groups = [(layer, 1) for layer in range(3)]
+    apply(model, Plan(layers=[2], query_heads=[(0, 1)], kv_groups=groups))
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert after == {name: before[name] for name in after}
+    assert {trained, not trained} == set(after.values())
+
+
+def test_the_training_in_the_docs_lowers_the_loss() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text(encoding="utf-8")
+    example = next(part for part in text.split("```python\n")[1:] if "AdamW" in part)
+    model, tokenizer = tiny_model("llama", num_hidden_layers=3, **WIDE), tiny_tokenizer()
+    model.requires_grad_(False)  # as tappa.load gives it
+    sentence = "It is a truth universally acknowledged, that a man wants a wife. "
+    calibration = tappa.calibrate(model, tokenizer, sentence, window=31)
+    prune(model, calibration, layers=1, kv_groups=1)
+    ids = tokenizer(sentence, return_tensors="pt").input_ids
+    losses = [model(ids, labels=ids).loss.item()]
+    for steps in (1, 3):
+        code = example.split("```")[0].replace("range(3)", f"range({steps})")
+        exec(code, {"model": model, "tokenizer": tokenizer, "text": sentence})
+        losses.append(model(ids, labels=ids).loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("amounts", "words"),
     [
@@ -323,8 +364,8 @@ def test_greedy_measures_the_model_itself() -> None:
         ({"order": "grady"}, "did you mean 'greedy'"),
         ({"query_heads": 12}, "0 to 11 query heads"),
         ({"kv_groups": 3}, "0 to 2 KV heads"),
-        ({"kv_groups": -1}, "0 to 2 KV heads"),
-        ({"beta": float("nan")}, "beta >= 0"),
+        ({"kv_groups": -1}, "from 0 on, got -1"),
+        ({"beta": float("nan")}, "beta as a number from 0 on, got nan"),
     ],
 )
 def test_amounts_that_cannot_be(amounts: dict[str, Any], words: str) -> None:

@@ -328,7 +328,7 @@ def test_commands(run: Run, tmp_path: Path) -> None:
     code, stdout, _ = run(*options)
     assert (code, "report.html" in stdout) == (0, True)
     assert sorted(p.name for p in out.iterdir()) == [
-        *("analysis.json", "heads.csv", "report.html", "views.npz")
+        *("analysis.json", "asked.json", "heads.csv", "report.html", "views.npz")
     ]
     assert len(unpacked((out / "report.html").read_text(), "text-0")["tokens"]) == 120
     page = tmp_path / "again.html"

@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,12 +27,21 @@ from tappa.cli.common import (
     texts_of,
 )
 from tappa.display import show
-from tappa.errors import MissingExtraError
-from tappa.files import check_writable_folder, made_folder, write_atomic
+from tappa.errors import MissingExtraError, OutputError
+from tappa.files import (
+    check_writable_folder,
+    difference,
+    digest_of,
+    made_folder,
+    write_atomic,
+)
+from tappa.models import DEFAULT_NAME
 from tappa.report.looking import TEXTS
 from tappa.report.page import write_report
 from tappa.report.views import FILE, Views, save_views
 from tappa.texts import packaged_text
+
+ASKED = "asked.json"  # in the output folder: of what its analysis is
 
 
 def analyze(
@@ -65,6 +74,9 @@ def analyze(
     gpus_per_worker: GpusOption = None,
     cpus_per_worker: CpusOption = 1,
     dry_run: DryRunOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace another analysis in the output folder.")
+    ] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Analyse every attention head of a RoPE language model.
@@ -79,8 +91,11 @@ def analyze(
     """
     texts = texts_of(text, packaged_text())
     titles = [path.name for path in text] if text else ["Pride and Prejudice"]
+    asked = _asked(model, titles, texts, tokens, dtype)
     if out is not None:
         check_writable_folder(out)
+        if not (dry_run or force):
+            _check_target(out, asked)
     errors = messages()
     source = cluster.ModelSource(model, device, dtype, trust_remote_code)
     placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
@@ -96,7 +111,7 @@ def analyze(
                 folder=cluster.state_folder(out, placement),
                 follow=follow,
             )
-        written = [] if out is None else _save(analysis, out)
+        written = [] if out is None else _save(analysis, out, asked)
         if out is not None and report:
             with errors.status("drawing the report"):
                 chosen = list(zip(titles, texts, strict=True))[:shown]
@@ -110,12 +125,41 @@ def analyze(
         typer.echo(f"\nwrote {', '.join(map(str, written))}")
 
 
-def _save(analysis: Analysis, out: Path) -> list[Path]:
-    """The files with the figures."""
+def _asked(
+    model: str | None, titles: list[str], texts: list[str], tokens: int | None, dtype: str
+) -> dict[str, Any]:
+    """What decides the figures."""
+    return {
+        "model": DEFAULT_NAME if model is None else str(Path(model)),
+        "texts": [f"{one} ({digest_of(text)})" for one, text in zip(titles, texts, strict=True)],
+        "tokens": tokens,
+        "dtype": dtype,
+    }
+
+
+def _check_target(out: Path, asked: dict[str, Any]) -> None:
+    """Raise OutputError for a folder with the analysis of another model or text."""
+    if not (out / "analysis.json").exists():
+        return
+    try:
+        known = json.loads((out / ASKED).read_text(encoding="utf-8"))
+        other = difference(known, asked)
+    except (OSError, ValueError, AttributeError):
+        other = f"it has no {ASKED} that says of what"
+    if other is not None:
+        raise OutputError(
+            f"{out} holds another analysis ({other}): choose another folder, or --force to "
+            "replace it"
+        )
+
+
+def _save(analysis: Analysis, out: Path, asked: dict[str, Any]) -> list[Path]:
+    """The files with the figures, and what they are of."""
     if not is_first():
         return []
     table = analysis.to_frame().to_csv(index=False)
     with made_folder(out):
+        write_atomic(out / ASKED, json.dumps(asked, indent=1) + "\n")
         return [analysis.save(out / "analysis.json"), write_atomic(out / "heads.csv", table)]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -70,7 +71,7 @@ def main() -> None:
         sys.stdout.flush()
         leave_torchrun()
     except TappaError as error:
-        _fail(str(error), 2)
+        _fail(_as_typed(str(error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader has gone: nobody is left to tell
@@ -86,6 +87,11 @@ def main() -> None:
             sys.exit(0)
         _fail(" ".join(error.format_message().split()), 2)  # an argument that Typer refuses
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_typed(message: str) -> str:
+    """An error of the library with options in the place of arguments: `force=True`, `--force`."""
+    return re.sub(r"\b([a-z_]+)=True\b", lambda m: "--" + m[1].replace("_", "-"), message)
 
 
 def _silence() -> None:

@@ -50,6 +50,13 @@ def evaluate_methods(
         Path | None,
         typer.Option(help="Folder of texts (*.txt) and of LongBench's files (<task>.jsonl)."),
     ] = None,
+    include: Annotated[
+        Path | None,
+        typer.Option(
+            *("--include-path", "--include_path"),
+            help="Folder of lm-eval task files (NAME.yaml) of your own, for --tasks.",
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of prompts, where a task can choose.")] = (
         "4096"
     ),
@@ -96,6 +103,7 @@ def evaluate_methods(
       tappa eval model.gguf --tasks ruler,local --budgets 128,512 -o results
       tappa eval model.gguf --methods "full,cake,tappa,tappa(gamma=0)" --data essays
       tappa eval ./my-model --tasks longbench --data LongBench/data --chat
+      tappa eval ./my-model --tasks capitals --include-path my-tasks  # my-tasks/capitals.yaml
       tappa eval ./my-model --tasks ruler --workers 8 --ray-address auto --dry-run
     """
     kit = _evaluation()
@@ -104,12 +112,12 @@ def evaluate_methods(
         methods=kit.METHODS if methods is None else split_methods(methods),
         budgets=[parse_budget(part) for part in parts(budgets)],
         tasks=parts(tasks),
-        source=kit.Source(limit=limit, lengths=tokens, seed=seed, data=data, chat=chat),
+        source=kit.Source(limit, tokens, seed, data, chat, include),
         baseline=baseline,
         half=half,
     )
     wanted.cells()
-    kit.check_names(wanted.tasks, data)
+    kit.check_names(wanted.tasks, data, include)
     part = _shard(shard)
     placement = cluster.Placement(workers, ray_address, gpus_per_worker, cpus_per_worker)
     if dry_run:

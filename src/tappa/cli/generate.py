@@ -17,9 +17,17 @@ from tappa.cli.common import (
     TrustOption,
     messages,
 )
-from tappa.compression import check_method, describe_methods, parse_budget, write_on
-from tappa.display import render_methods, render_written
+from tappa.cluster.estimate import parameters_of
+from tappa.compression import (
+    check_method,
+    describe_methods,
+    parse_budget,
+    prompt_ids,
+    write_on,
+)
+from tappa.display import render_estimate, render_methods, render_written
 from tappa.errors import TextError
+from tappa.models import load_config
 from tappa.texts import packaged_prompt, read_text
 
 
@@ -43,6 +51,12 @@ def generate(
     analysis: Annotated[
         Path | None, typer.Option(help="Take budgets from this analysis.json, not the prompt.")
     ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in pieces of this many tokens.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory that it takes; load no weights.")
+    ] = False,
     every: Annotated[int, typer.Option(min=1, help="Drop tokens every so many steps.")] = 16,
     compiled: Annotated[
         bool, typer.Option("--compile", help="On a GPU: steps by torch.compile. A minute at first.")
@@ -60,6 +74,7 @@ def generate(
       tappa generate --prompt-file report.txt --budget 256
       tappa generate model.gguf --prompt-file q.txt --chat --method snapkv --budget 0.1
       tappa generate --method full
+      tappa generate model.gguf --prompt-file report.txt --chunk 4096 --dry-run
     """
     if prompt is not None and prompt_file is not None:
         raise TextError("expected --prompt or --prompt-file, got both")
@@ -68,6 +83,22 @@ def generate(
     wanted = parse_budget(budget)
     check_method(method, wanted)
     errors = messages()
+    if dry_run:
+        config, tokenizer, kind = load_config(
+            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        tokens, new = len(prompt_ids(tokenizer, text, chat)), max_new_tokens
+        expected = tappa.estimate(
+            *(config, tokens, method, wanted), new_tokens=new, chunk=chunk, dtype=kind
+        )
+        parameters = parameters_of(model)
+        weights = None if parameters is None else parameters * kind.itemsize
+        if as_json:
+            counts = {"prompt_tokens": tokens, "new_tokens": new, "weights_nbytes": weights}
+            print(json.dumps(counts | asdict(expected)))
+            return
+        Console().print(render_estimate(expected, tokens, new, weights))
+        return
     with errors.status("loading the model"):
         loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     cache = tappa.compressed(loaded.model, method, wanted, analysis=analysis, every=every)
@@ -76,6 +107,7 @@ def generate(
         chat=chat,
         show=None if as_json else _print_piece,
         compiled=compiled,
+        chunk=chunk,
     )
     if as_json:
         print(json.dumps({"method": method, "budget": cache.budget} | asdict(written)))

@@ -31,11 +31,13 @@ from tappa.texts import packaged_halves
 
 def prune(
     model: ModelArgument = None,
-    layers: Annotated[int, typer.Option(help="Layers to remove.")] = 0,
+    layers: Annotated[
+        str, typer.Option(help="Layers to remove: a number, or a share such as 20%.")
+    ] = "0",
     order: Annotated[
         str,
-        typer.Option(help="bi_prime, bi, q_similarity, uniform, random, reverse or greedy."),
-    ] = "bi_prime",
+        typer.Option(help="bi, bi_prime, q_similarity, uniform, random, reverse or greedy."),
+    ] = "bi",
     beta: Annotated[float, typer.Option(help="Weight of 1 - q-similarity in bi_prime.")] = 0.3,
     query_heads: Annotated[
         int, typer.Option(help="Query heads of the whole model to silence: no smaller, no faster.")
@@ -94,12 +96,13 @@ def prune(
 
     \b
       tappa prune --layers 9 --dry-run
-      tappa prune model.gguf --layers 6 --beta 0.3 --out smaller
+      tappa prune model.gguf --layers 20% --out smaller
+      tappa prune model.gguf --layers 6 --order bi_prime --beta 0.3 --out smaller
       tappa prune ./my-model --layers 4 --order greedy --windows 4 --out smaller
       tappa prune ./my-model --kv-groups 1 --importance dissimilarity --out smaller
     """
     wanted = pruning.Amounts(
-        *(layers, query_heads, kv_groups, order, beta, seed),
+        *(_layers(layers), query_heads, kv_groups, order, beta, seed),
         importance=importance,  # type: ignore[arg-type]  # checked below
     )
     if not dry_run:
@@ -141,6 +144,19 @@ def prune(
         return
     print(f"{render_plan(found, chosen)}\n{pruning.figures_table(*figures)}")
     print(f"wrote {out}: a checkpoint for AutoModelForCausalLM, README.md and pruning.json")
+
+
+def _layers(text: str) -> int | float:
+    """`6` -> 6, `20%` and `0.2` -> 0.2. Raises PruningError."""
+    number = text.strip()
+    try:
+        return int(number)
+    except ValueError:
+        pass
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        raise PruningError(f"expected layers as a number or a share (20%), got {text!r}") from None
 
 
 def _check_target(out: Path | None, force: bool, model: str | None) -> None:

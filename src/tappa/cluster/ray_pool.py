@@ -268,7 +268,7 @@ def _connect(placement: Placement) -> bool:
             ray.init(address, **quiet)
     except Exception as error:  # whatever Ray says of a cluster that it cannot reach or use
         where = "on this machine" if address in (None, "auto") else f"at {address}"
-        why = first_line(error).rstrip(".").replace("`--address`", "`--ray-address`")
+        why = first_line(error).rstrip(".").replace("`--address`", "the address")
         if address is not None and "RAY_AUTH_MODE" not in os.environ:
             why += " (one that asks for a token wants RAY_AUTH_MODE=token set here)"
         raise ClusterError(f"cannot use a Ray cluster {where}: {why}") from error

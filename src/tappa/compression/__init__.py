@@ -2,6 +2,7 @@
 
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
+from tappa.compression.estimate import Estimate, estimate
 from tappa.compression.generation import (
     CompressedContext,
     Recording,
@@ -20,12 +21,13 @@ from tappa.compression.methods import (
     split_methods,
 )
 from tappa.compression.stacking import stack_caches
-from tappa.compression.writing import Written, write_on
+from tappa.compression.writing import Written, prompt_ids, write_on
 
 __all__ = [
     "METHODS",
     "CompressedCache",
     "CompressedContext",
+    "Estimate",
     "Method",
     "Recording",
     "Written",
@@ -33,9 +35,11 @@ __all__ = [
     "compress_context",
     "compressed",
     "describe_methods",
+    "estimate",
     "generate",
     "parse_budget",
     "parse_method",
+    "prompt_ids",
     "record",
     "spelled_out",
     "split_methods",

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -28,11 +28,13 @@ from tappa.cache_argument import cache_among, rename_cache
 from tappa.compression.budgets import Evidence, allocate
 from tappa.compression.claim import Claim
 from tappa.compression.fit import check_expansion, check_mask
+from tappa.compression.history import History, watch_prompts
 from tappa.compression.key_flow import NO_LAYERS, KeyFlow
 from tappa.compression.layer import CompressedLayer, by_segment
 from tappa.compression.methods import Method
 from tappa.compression.newest import NewestTokens
 from tappa.compression.observation import Observation
+from tappa.compression.options import check_ids
 from tappa.compression.rereading import check_border, reads_anew
 from tappa.compression.scorers import received_by
 from tappa.compression.serving import served_by, start_serving, stop_serving
@@ -44,6 +46,7 @@ from tappa.models import require_rope
 from tappa.rope import RotaryChannels
 from tappa.rotary_probe import RotaryProbe
 from tappa.tensor_parallel import HeadShards
+from tappa.wording import byte_size, counted
 
 Recorded = tuple[Tensor, RotaryChannels]  # queries of a layer (rows, heads, tokens, dim), its RoPE
 Recorder = Callable[[Tensor, RotaryChannels], None]
@@ -89,6 +92,7 @@ class CompressedCache(DynamicCache):
         self._known_rotary: RotaryChannels | None = None
         self.shards = HeadShards.of(model)
         self.peak_nbytes = 0
+        self.history = History()
         known = {DynamicLayer, DynamicSlidingWindowLayer, *NO_LAYERS}
         kinds = {type(layer) for layer in self.layers} - known
         if kinds:
@@ -125,8 +129,20 @@ class CompressedCache(DynamicCache):
             add_hook(self.model.register_forward_hook, after, with_kwargs=True, always_call=True),
         )
         weakref.finalize(self, remove_all, handles)
+        watch_prompts(self)
 
     # ---- what users call
+
+    def __repr__(self) -> str:
+        budget = "" if self.method.rule is None else f", budget {self.budget}"
+        what = f"{type(self).__name__} of {type(self.model).__name__}: {self.method.name}{budget}"
+        seen = self.tokens_seen
+        if not seen:
+            return f"<{what}; nothing read>"
+        rows = self.compressed_layers[0].rows
+        batch = f" in {rows} rows" if rows > 1 else ""
+        held = f"{self.tokens_held():,.1f} of {counted(seen, 'token')} held{batch}"
+        return f"<{what}; {held}, {byte_size(self.nbytes)}>"
 
     def __enter__(self) -> "CompressedCache":
         self._used = False
@@ -147,6 +163,7 @@ class CompressedCache(DynamicCache):
         with self.claim:
             super().reset()
             self.peak_nbytes = 0
+            self.history = History()
             self.frozen = self._failed = False
 
     @property
@@ -195,6 +212,16 @@ class CompressedCache(DynamicCache):
         held = self._compressed(layer).held
         return [] if held is None else [p for p in held.padded(row)[2][0, head].tolist() if p >= 0]
 
+    def continues(self, input_ids: Int[Tensor, "rows tokens"]) -> bool:
+        """Whether a whole text begins with the tokens that this cache has seen, and goes on.
+
+        True of any text while nothing was seen. If False, call `reset()` before `generate`.
+        """
+        check_ids(input_ids, self.model)
+        seen = self.tokens_seen
+        fits = not seen or self.compressed_layers[0].rows == len(input_ids)
+        return fits and input_ids.shape[1] > seen and self.history.difference(input_ids) is None
+
     def copy(self, keep_ranks: bool = False) -> "CompressedCache":
         """An independent copy, to be used as the `cache` of the same model."""
         if self._running and not self._runs_here:
@@ -206,6 +233,7 @@ class CompressedCache(DynamicCache):
             for layer in self.layers
         ]
         twin.recorder, twin.peak_nbytes = None, self.nbytes
+        twin.history = self.history.copy()
         twin._connect(self.switch.renewed(LateHook(twin._attend)), self._probe.renewed())
         return twin
 
@@ -224,6 +252,22 @@ class CompressedCache(DynamicCache):
                 f"{type(self.model).__name__} has layers with a sliding window, which take back no "
                 f"token in transformers {transformers.__version__}: {error}"
             ) from error
+        self.history.cut(self.tokens_seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(cast(Any, beam_idx))
+        self.history.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take rows of the batch, by index or by a mask."""
+        super().batch_select_indices(indices)
+        self.history.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.history.repeat(repeats)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -291,6 +335,7 @@ class CompressedCache(DynamicCache):
             raise CompressionError("expected input_ids or inputs_embeds")
         self._check(ids, kwargs.get("attention_mask"))
         new, seen = ids.shape[1], self.tokens_seen
+        self.history.note(ids, seen, self._valid)
         given_ids = kwargs.get("position_ids")
         arange = torch.arange(seen, seen + new, device=ids.device)[None]
         self._position_ids = arange if given_ids is None else given_ids
@@ -444,6 +489,7 @@ class CompressedCache(DynamicCache):
                 self.observe(mine, query, cascade=False)
         self._known_rotary, self._newest = None, NewestTokens()
         self.peak_nbytes = full.nbytes
+        self.history = full.history.copy()
 
     def balance(self) -> None:
         """Cut all layers to the budget."""

@@ -1,6 +1,5 @@
 """Write on from a compressed cache: `generate`, which decides how steps are run."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,12 +7,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tappa.arguments import check_callable, finite_number, whole_number
 from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoder import Decoder, choose_tokens
 from tappa.compression.eviction import NEEDS
+from tappa.compression.generation import CompressedContext
 from tappa.compression.greedy import kept
-from tappa.compression.options import check_ids
+from tappa.compression.options import check_ids, check_padding
 from tappa.compression.rereading import crosses_border
 from tappa.compression.stepping import PERIOD, FixedSteps, PlainSteps
 from tappa.errors import CompressionError, NonFiniteError
@@ -51,6 +52,8 @@ def generate(
     Raises CompressionError for what cannot be written on, NonFiniteError for NaN among the logits.
     """
     _check(cache, input_ids, attention_mask, max_new_tokens, temperature)
+    check_callable("show", show)
+    check_callable("stop", stop)
     device = next(cache.model.parameters()).device
     if compiled and device.type != "cuda" and not graph:
         raise CompressionError("compiled steps need a GPU")
@@ -79,7 +82,11 @@ def generate(
             if stop:
                 decoder.finished |= stop(torch.cat([ids, *known, decoder.written[:, :done]], 1))
         steps.finish(run - done)
-        return torch.cat([ids, *known, decoder.written[:, :done]], 1)
+        output = torch.cat([ids, *known, decoder.written[:, :done]], 1)
+        start = cache.history.length  # steps of a graph do not tell the cache
+        if start < cache.tokens_seen:
+            cache.history.note(output[:, start : cache.tokens_seen], start)
+        return output
 
 
 def _check(
@@ -88,23 +95,13 @@ def _check(
     """Refuse what would fail later, or write something else. Raises CompressionError."""
     if not isinstance(cache, CompressedCache):
         kind = type(cache).__name__
-        raise CompressionError(f"expected a cache of tappa.compressed, got a {kind}")
-    check_ids(ids)
-    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
-        raise CompressionError(f"expected max_new_tokens of at least 1, got {new!r}")
-    if not 0 <= temperature < math.inf:
-        raise CompressionError(f"expected a temperature from 0 on, got {temperature!r}")
-    least, most = ids.min().item(), ids.max().item()
-    vocabulary = int(cache.model.config.get_text_config().vocab_size)
-    if least < 0 or most >= vocabulary:
-        at = least if least < 0 else most
-        raise CompressionError(f"expected ids from 0 to {vocabulary - 1}, got {at}")
-    if mask is None:
-        return
-    if mask.shape != ids.shape:
-        shapes = f"{tuple(mask.shape)} for ids of shape {tuple(ids.shape)}"
-        raise CompressionError(f"expected an attention mask of the ids' shape, got {shapes}")
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        hint = ": its .cache() makes one" if isinstance(cache, CompressedContext) else ""
+        raise CompressionError(f"expected a cache of tappa.compressed, got a {kind}{hint}")
+    check_ids(ids, cache.model)
+    whole_number("max_new_tokens", new, 1, CompressionError)
+    finite_number("temperature", temperature, CompressionError)
+    check_padding(mask, ids)
+    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise CompressionError("expected prompts padded on the left, with no padding after a token")
 
 
@@ -179,6 +176,7 @@ def why_not(cache: CompressedCache) -> str | None:
 def _read(cache: CompressedCache, ids: Ids, mask: Ids, temperature: float) -> Tensor | None:
     """Read what the cache lacks of the prompts: the first new tokens, or None if that is one."""
     seen = cache.tokens_seen
+    cache.history.check(ids)
     if ids.shape[1] <= seen:
         raise CompressionError(
             f"expected prompts of more than the {seen} tokens that the cache has seen, "

@@ -1,9 +1,9 @@
 """What users call: `compressed`, and `compress_context` for many questions on one text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from tappa.adapters import unwrapped
 from tappa.analysis import Analysis, describe
+from tappa.arguments import whole_number
 from tappa.cache_argument import with_cache
 from tappa.compression.budgets import Evidence, Rule
 from tappa.compression.cache import CompressedCache, Recorded
 from tappa.compression.layer import CompressedLayer
 from tappa.compression.methods import Method, method_named
-from tappa.compression.options import check_ids
+from tappa.compression.options import check_ids, check_padding
+from tappa.compression.reading import read_in_pieces
 from tappa.errors import CompressionError
+from tappa.wording import byte_size, counted, described
 
 
 def compressed(
@@ -47,12 +50,12 @@ def compressed(
     work, ModelError for virtual tokens of prompt learning, before the model runs.
     """
     model = unwrapped(model)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise CompressionError(f"expected every >= 1 step, got {every!r}")
+    every = whole_number("every", every, 1, CompressionError)
     chosen, checked = check_method(method, budget, **options)
     saved = Analysis.load(analysis) if isinstance(analysis, str | Path) else analysis
     if saved is not None and not isinstance(saved, Analysis):
-        raise CompressionError(f"expected an Analysis or the path of one, got {analysis!r}")
+        came = described(analysis)
+        raise CompressionError(f"expected an Analysis or the path of one, got {came}")
     cache = CompressedCache(model, chosen, checked, every)
     if saved is not None:
         if chosen.rule is None:
@@ -89,6 +92,9 @@ class CompressedContext:
     def __init__(self, cache: CompressedCache) -> None:
         self._cache = cache
 
+    def __repr__(self) -> str:
+        return f"<CompressedContext in {self._cache!r}>"
+
     def cache(self) -> CompressedCache:
         """A copy of the context's cache; nothing more is dropped from it."""
         return self._cache.copy()
@@ -123,18 +129,12 @@ def compress_context(
 
     With `chunk`, it is read in pieces of that many tokens. Other arguments as in `compressed`.
     """
-    check_ids(input_ids)
-    if chunk is not None and chunk < 1:
-        raise CompressionError(f"expected a chunk of at least 1 token, got {chunk}")
     cache = compressed(model, method, budget, **options)
-    read = cache.model
-    device = next(model.parameters()).device
-    size = chunk or input_ids.shape[1]
-    with torch.inference_mode():
-        for end in range(size, input_ids.shape[1] + size, size):
-            piece = input_ids[:, end - size : end].to(device)
-            mask = None if attention_mask is None else attention_mask[:, :end].to(device)
-            read(piece, attention_mask=mask, logits_to_keep=1, **with_cache(read, cache))
+    check_ids(input_ids, cache.model)
+    check_padding(attention_mask, input_ids)
+    if chunk is not None:
+        whole_number("chunk", chunk, 1, CompressionError)
+    read_in_pieces(cache, input_ids, chunk or input_ids.shape[1], attention_mask)
     cache.frozen = True
     return CompressedContext(cache)
 
@@ -153,6 +153,13 @@ class Recording:
     def __init__(self, full: CompressedCache, queries: list[Recorded]) -> None:
         self._full, self._queries = full, queries
 
+    def __repr__(self) -> str:
+        full, name = self._full, type(self._full.model).__name__
+        keys = f"{byte_size(full.nbytes)} of keys and values"
+        queries = sum(query.numel() * query.element_size() for query, _ in self._queries)
+        read = f"{counted(full.tokens_seen, 'token')}, {keys}, {byte_size(queries)} of queries"
+        return f"<Recording of {name}: {read}>"
+
     def compress(
         self,
         method: str | Method,
@@ -161,6 +168,8 @@ class Recording:
     ) -> list[CompressedCache]:
         """A cache for each budget. Tokens are scored once. Arguments as in `compressed`."""
         chosen = method_named(method, **{k: v for k, v in options.items() if k not in _OF_CACHE})
+        if isinstance(budgets, str | bytes) or not isinstance(budgets, Iterable):
+            raise CompressionError(f"expected a list of budgets, got {described(budgets)}")
         if chosen.rule is not None:
             budgets = [_checked(budget, chosen) for budget in budgets]
         made: list[CompressedCache] = []
@@ -183,8 +192,8 @@ _OF_CACHE = ("analysis", "every")  # options of `compressed` that no method has
 
 def record(model: nn.Module, input_ids: Int[Tensor, "rows tokens"]) -> Recording:
     """Read a prompt (or several of the same length) once, for `Recording.compress`."""
-    check_ids(input_ids)
     full = compressed(model, "full")
+    check_ids(input_ids, full.model)
     queries: list[Recorded] = []
     full.recorder = lambda query, rotary: queries.append((query, rotary))
     with torch.inference_mode():
@@ -197,12 +206,12 @@ def record(model: nn.Module, input_ids: Int[Tensor, "rows tokens"]) -> Recording
 def _checked(budget: int | float | None, method: Method) -> int | float:
     """The budget as an int of tokens or a float share, if it can work."""
     kind = "tokens (an int) or a share of the prompt (a float up to 1.0)"
-    if budget is None or isinstance(budget, bool):
-        raise CompressionError(f"expected a budget in {kind}, got {budget!r}")
+    if isinstance(budget, str):
+        raise CompressionError(f"expected a budget in {kind}, got the string {budget!r}")
     try:
-        value = float(budget)
-    except (TypeError, ValueError):
-        raise CompressionError(f"expected a budget in {kind}, got {budget!r}") from None
+        value = float(cast(Any, None if isinstance(budget, bool) else budget))
+    except (TypeError, ValueError, RuntimeError):
+        raise CompressionError(f"expected a budget in {kind}, got {described(budget)}") from None
     if not math.isfinite(value) or value <= 0:
         raise CompressionError(f"expected a budget above 0, in {kind}, got {budget!r}")
     if not hasattr(budget, "__index__"):

@@ -1,12 +1,11 @@
 """The table of methods: every one is a token scorer and a budget rule."""
 
-import difflib
 import inspect
 import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tappa.compression import budgets, scorers
@@ -15,6 +14,7 @@ from tappa.compression.options import check_range
 from tappa.compression.scorers import Scorer
 from tappa.errors import CompressionError
 from tappa.similarity import DEFAULT, Variant
+from tappa.wording import described, did_you_mean
 
 Sharing = Literal["heads", "pooled"]
 
@@ -28,8 +28,8 @@ class Method:
     layer gets at least `layer_floor` of the average budget.
     """
 
-    scorer: Scorer
-    rule: Rule | None  # None: nothing is dropped
+    scorer: Scorer = field(repr=False)
+    rule: Rule | None = field(repr=False)  # None: nothing is dropped
     window: int = 32
     sinks: int = 0
     sharing: Sharing = "heads"
@@ -199,32 +199,34 @@ def method_named(name: "str | Method", **options: Any) -> Method:
     Raises CompressionError for names and options that no part knows.
     """
     if isinstance(name, Method):
-        known = {field.name for field in fields(Method)}
+        known = {one.name for one in fields(Method)}
         for option in options.keys() - known:
             raise CompressionError(f"a Method has {', '.join(sorted(known))}; no {option!r}")
         return replace(name, **options) if options else name
-    if "(" in str(name):
-        name, inside = parse_method(str(name))
+    if not isinstance(name, str):
+        raise CompressionError(f"expected a method as its name or a Method, got {described(name)}")
+    if "(" in name:
+        name, inside = parse_method(name)
         if twice := inside.keys() & options.keys():
             raise CompressionError(f"the option {min(twice)!r} of {name} is given twice")
         options |= inside
-    parts = str(name).split("+")
+    parts = name.split("+")
     unknown = [part for part in parts if part not in METHODS]
     if unknown or len(parts) > 2:
-        wrong = unknown[0] if unknown else str(name)
-        close = difflib.get_close_matches(wrong, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        wrong = unknown[0] if unknown else name
+        hint = did_you_mean(wrong, METHODS)
         raise CompressionError(f"expected a method of {', '.join(METHODS)}, got {wrong!r}{hint}")
     takes = {part: set(inspect.signature(METHODS[part]).parameters) for part in parts}
     for option in options:
         if not any(option in names for names in takes.values()):
             all_of_them = ", ".join(sorted(set().union(*takes.values()))) or "no options"
-            raise CompressionError(f"{name} takes {all_of_them}; it has no option {option!r}")
+            hint = did_you_mean(option, set().union(*takes.values()))
+            raise CompressionError(f"{name} takes {all_of_them}; it has no option {option!r}{hint}")
     made = [
         METHODS[part](**{k: v for k, v in options.items() if k in takes[part]}) for part in parts
     ]
     if len(made) == 1:
-        return replace(made[0], name=str(name))
+        return replace(made[0], name=name)
     first, second = made
     window, sinks = max(first.window, second.window), max(first.sinks, second.sinks)
-    return replace(second, scorer=first.scorer, window=window, sinks=sinks, name=str(name))
+    return replace(second, scorer=first.scorer, window=window, sinks=sinks, name=name)

@@ -1,10 +1,15 @@
-"""Checks of the numbers that make up a method."""
+"""Checks of the numbers that make up a method, and of token ids."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tappa.errors import CompressionError
+from tappa.wording import described
 
 COUNTS = {"window", "sinks", "kernel", "future"}
 
@@ -30,14 +35,43 @@ def check_range(
     raise CompressionError(f"expected {name} {limit}{upper}, got {value!r}")
 
 
-def check_ids(input_ids: Tensor) -> None:
+def check_ids(input_ids: Any, model: PreTrainedModel) -> None:
     """Raise CompressionError unless these are token ids of some rows, of equal length."""
     if not isinstance(input_ids, Tensor):
-        kind = type(input_ids).__name__
-        raise CompressionError(f"expected token ids as a tensor (rows, tokens), got a {kind}")
-    whole = not (input_ids.is_floating_point() or input_ids.is_complex())
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or not whole:
+        raise CompressionError(
+            f"expected token ids as a tensor (rows, tokens), got {_instead_of_ids(input_ids)}"
+        )
+    fits = input_ids.dtype in (torch.int32, torch.int64)
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
+        hint = ": ids[None] makes a row of them" if fits and input_ids.dim() == 1 else ""
         raise CompressionError(
             f"expected token ids of shape (rows, tokens), got {input_ids.dtype} of shape "
-            f"{tuple(input_ids.shape)}"
+            f"{tuple(input_ids.shape)}{hint}"
         )
+    least, most = input_ids.min().item(), input_ids.max().item()
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if least < 0 or most >= vocabulary:
+        at = least if least < 0 else most
+        raise CompressionError(f"expected ids from 0 to {vocabulary - 1}, got {at}")
+
+
+def check_padding(mask: Any, input_ids: Tensor) -> None:
+    """Raise CompressionError unless this is an attention mask for token ids, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise CompressionError(f"expected an attention mask as a tensor, got {described(mask)}")
+    if mask.shape != input_ids.shape:
+        shapes = f"{tuple(mask.shape)} for ids of shape {tuple(input_ids.shape)}"
+        raise CompressionError(f"expected an attention mask of the ids' shape, got {shapes}")
+
+
+def _instead_of_ids(value: Any) -> str:
+    """What came, and how to make ids of it."""
+    if isinstance(value, str):
+        return 'a text: tokenizer(text, return_tensors="pt").input_ids has its ids'
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__}: its .input_ids are wanted"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__}: torch.tensor([ids]) makes a row of them"
+    return described(value)

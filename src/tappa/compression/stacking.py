@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tappa.compression.cache import CompressedCache
+from tappa.compression.history import History
 from tappa.compression.layer import CompressedLayer
 from tappa.compression.storage import RaggedKV
 from tappa.errors import CompressionError
@@ -44,6 +45,7 @@ def stack_caches(caches: Sequence[CompressedCache]) -> CompressedCache:
                 tensors = [cast(Tensor, getattr(part, name)) for part in parts]
                 setattr(mine, name, torch.cat(tensors))
     stacked.frozen, stacked.peak_nbytes = True, stacked.nbytes
+    stacked.history = History()  # of which it knows nothing
     return stacked
 
 

@@ -12,13 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from tappa.arguments import whole_number
 from tappa.cache_argument import with_cache
 from tappa.compression.cache import CompressedCache
 from tappa.compression.decoding import generate, takes_over
 from tappa.compression.greedy import greedy_arguments, warn_of_left_out
+from tappa.compression.reading import read_in_pieces
 from tappa.errors import CompressionError, NonFiniteError, TextError
 from tappa.models import context_length
 from tappa.texts import in_chat_template, require_unicode
+from tappa.wording import byte_size, counted
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Written:
     prefill_seconds: float  # until the first new token is known
     decode_seconds: float  # all further ones
 
+    def __repr__(self) -> str:
+        start = self.text if len(self.text) <= 40 else f"{self.text[:40]}..."
+        tokens = f"{counted(self.new_tokens, 'token')} after {self.prompt_tokens:,}"
+        held = f"{self.tokens_held:,.1f} of {self.tokens_seen:,} held, {byte_size(self.nbytes)}"
+        return f"<Written {start!r}: {tokens}; {held}>"
+
 
 def write_on(
     cache: CompressedCache,
@@ -48,6 +57,7 @@ def write_on(
     show: Callable[[str], None] | None = None,
     graph: bool | None = None,
     compiled: bool = False,
+    chunk: int | None = None,
 ) -> Written:
     """Continue a prompt greedily on a new `cache` of `tappa.compressed`.
 
@@ -57,12 +67,16 @@ def write_on(
     config asks for another than the most probable token, `model.generate` does. The text is greedy
     whatever that config says: a warning names what is left out (beams, several texts for a prompt).
 
+    With `chunk` the prompt is read in pieces of that many tokens.
+
         written = write_on(tappa.compressed(model, "tappa", 512), tokenizer, prompt)
 
     Raises TextError for a prompt that is empty, or too long for the model together with what is to
     be written, CompressionError where `graph` or `compiled` is asked for and cannot be.
     """
     model = cache.model
+    if chunk is not None:
+        whole_number("chunk", chunk, 1, CompressionError)
     ids = _encode(tokenizer, prompt, chat)
     _check_length(model, ids.shape[1], max_new_tokens)
     warn_of_left_out(model)
@@ -74,6 +88,9 @@ def write_on(
             "the most probable token"
         )
     start = time.perf_counter()
+    if chunk is not None and chunk < ids.shape[1]:
+        pieces = (ids.shape[1] - 1) // chunk  # the last one is read with what follows
+        read_in_pieces(cache, ids[:, : pieces * chunk], chunk)
     if steps:
         output = generate(
             *(cache, ids, max_new_tokens), graph=graph, compiled=compiled, show=clock.put_row
@@ -156,13 +173,18 @@ class _Clock(BaseStreamer):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
+    return torch.tensor([prompt_ids(tokenizer, prompt, chat)])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> list[int]:
+    """The tokens of a prompt as `write_on` reads it. Raises TextError."""
     require_unicode(prompt, "the prompt")
     if chat:
         prompt = in_chat_template(tokenizer, prompt)
     encoded: Any = tokenizer(prompt, add_special_tokens=not chat, verbose=False)
     if not encoded.input_ids:
         raise TextError("expected a prompt of at least 1 token, got none")
-    return torch.tensor([encoded.input_ids])
+    return list(encoded.input_ids)
 
 
 def _check_length(model: PreTrainedModel, tokens: int, new: int) -> None:

@@ -93,9 +93,9 @@ class Evaluation:
 class Results:
     """Tables of all that is finished, and what this run did for them."""
 
-    tables: list[Table]
+    tables: list[Table] = field(repr=False)
     outcome: Outcome
-    markdown: str
+    markdown: str = field(repr=False)
 
 
 def evaluate(

@@ -29,6 +29,7 @@ from tappa.evaluation.memory import free_memory, is_out_of_memory
 from tappa.texts import require_unicode, template_errors
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the strings; context, continuation
+DEVICE_OF_LM_EVAL = "cuda:0"  # what its command line hands over where no device is asked for
 log = logging.getLogger(__name__)
 _OF_HFLM = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs", "pretrained"}
 
@@ -72,7 +73,7 @@ class TappaLM(HFLM):
         if isinstance(pretrained, str) or pretrained is None:
             pretrained, tokenizer = tappa.load(
                 pretrained,
-                device=device or "auto",
+                device=_device(device),
                 dtype=dtype,
                 trust_remote_code=bool(trust_remote_code),
             )
@@ -236,6 +237,13 @@ class TappaLM(HFLM):
                 bar.update(1)
         bar.close()
         return [found[number] for number in range(len(requests))]
+
+
+def _device(asked: str | None) -> str:
+    """The device of lm-eval; the CPU where that is a GPU and there is none, as HFLM does."""
+    if asked is None or (asked == DEVICE_OF_LM_EVAL and not torch.cuda.is_available()):
+        return "auto"
+    return asked
 
 
 def read(

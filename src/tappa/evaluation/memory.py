@@ -69,7 +69,7 @@ class Room:
         """
         if rank_of_torchrun() is not None or samples == cells == 1:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            tip = "a smaller --batch" if samples > 1 else "shorter prompts or a smaller model"
+            tip = "a smaller batch" if samples > 1 else "shorter prompts or a smaller model"
             raise EvaluationError(
                 f"out of memory in {task} with {samples} samples in {cells} cells: {reason}; "
                 f"choose {tip}"

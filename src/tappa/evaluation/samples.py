@@ -15,12 +15,12 @@ from tappa.files import digest_of
 # names of the same setting, as lm-eval ranks them
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _OTHERS = "choose another task, or a model with a longer context"
-_SHORTER = "choose shorter --lengths"
+_SHORTER = "choose shorter lengths"
 _ADVICE = {  # for prompts that are too long, by suite
     "ruler": _SHORTER,
     "local": _SHORTER,
     "choice": _OTHERS,
-    "longbench": "give its files as --data, whose long prompts lose their middle",
+    "longbench": "take its files from a folder of data, so that long prompts lose their middle",
     "lm-eval": _OTHERS,
 }
 

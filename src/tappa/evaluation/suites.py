@@ -17,6 +17,7 @@ from tappa.errors import EvaluationError
 from tappa.evaluation.choice_suite import TASKS as CHOICE
 from tappa.evaluation.choice_suite import write_choice_suite
 from tappa.evaluation.fidelity import NEXT, windows_of_text
+from tappa.evaluation.lm_eval_tasks import load_tasks, own_tasks, unknown_task
 from tappa.evaluation.local_suite import TASKS as LOCAL
 from tappa.evaluation.local_suite import write_local_suite
 from tappa.evaluation.longbench import TASKS as LONGBENCH
@@ -41,6 +42,7 @@ class Source:
     seed: int = 0
     data: Path | None = None  # folder of texts (*.txt) and of LongBench (*.jsonl)
     chat: bool = False  # prompts go through the chat template
+    include: Path | None = None  # folder of lm-eval task files of one's own
 
 
 def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -> list[Sample]:
@@ -54,17 +56,19 @@ def samples_of(names: Sequence[str], lm: GridLM, source: Source, folder: Path) -
             if length > lm.max_length:
                 raise EvaluationError(
                     f"{name}: {length} tokens are more than the model's context of "
-                    f"{lm.max_length}: choose other --lengths"
+                    f"{lm.max_length}: choose other lengths"
                 )
     found: list[Sample] = []
     for name in dict.fromkeys(names):
         suite = name.split("_")[0]
-        if suite in TEXT_TASKS:
+        if name in own_tasks(source.include):
+            found += _samples("lm-eval", load_tasks(name, source.include, SUITES), lm, source)
+        elif suite in TEXT_TASKS:
             found += _text_samples(name, lm, source)
         elif suite in SUITES:
             found += _suite_samples(suite, name, lm, source, folder / suite)
         else:
-            found += _samples("lm-eval", _tasks_of_lm_eval(name), lm, source)
+            found += _samples("lm-eval", load_tasks(name, source.include, SUITES), lm, source)
     for sample in found:
         if isinstance(sample, TaskSample):
             sample.check_length(lm)
@@ -97,14 +101,15 @@ def count_samples(name: str, source: Source) -> int:
     return tasks * source.limit
 
 
-def check_names(names: Sequence[str], data: Path | None) -> None:
+def check_names(names: Sequence[str], data: Path | None, include: Path | None = None) -> None:
     """What can be refused before a model is loaded. Raises EvaluationError."""
     if data is not None and not data.is_dir():
         raise EvaluationError(f"expected a folder of data, got {data}, which is none")
+    own = own_tasks(include)
     for name in names:
-        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.8)
-        if close and name not in SUITES:
-            raise EvaluationError(_unknown(name, SUITES))
+        close = difflib.get_close_matches(name, [*own, *SUITES], n=1, cutoff=0.8)
+        if close and name not in (*own, *SUITES):
+            raise EvaluationError(_unknown(name, [*own, *SUITES]))
 
 
 def texts_of(data: Path | None) -> list[str]:
@@ -206,23 +211,8 @@ def _tasks_in(folder: Path, names: list[str]) -> list[Task]:
     return [loaded[name] for name in names]
 
 
-def _tasks_of_lm_eval(name: str) -> list[Task]:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    if name not in manager.all_tasks:
-        raise EvaluationError(_unknown(name, [*SUITES, *manager.all_tasks]))
-    try:
-        return list(manager.load([name])["tasks"].values())
-    except Exception as error:  # no network, no such data: whatever its loader raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationError(f"cannot load the task {name}: {reason}") from error
-
-
 def _unknown(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"unknown task {name!r}, expected one of {', '.join(SUITES)}, or a task of lm-eval{hint}"
+    return unknown_task(name, known, SUITES)
 
 
 def _ruler(name: str, lm: GridLM, source: Source, folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.checkpoint import LoadedModel, library_errors, load_model
 from tappa.errors import ModelError
@@ -36,6 +36,13 @@ def read_gguf(path: Path, label: str, options: dict[str, Any]) -> LoadedModel:
         del model.config.quantization_config
     _end_turns(model, header)
     return LoadedModel(model, tokenizer)
+
+
+def describe_gguf(path: Path, label: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The config and the tokenizer in a GGUF file: no weight is read. Raises ModelError."""
+    header, config = _described(path, label)
+    with library_errors(f"cannot read the tokenizer of {label}"), redirect_stderr(io.StringIO()):
+        return config, read_tokenizer(header, path.parent)
 
 
 def _end_turns(model: PreTrainedModel, header: Header) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tappa.adapters import unwrapped
 from tappa.analysis import describe
+from tappa.arguments import check_callable, path_of
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import fingerprint, first_line
 from tappa.errors import NonFiniteError, PruningError
@@ -31,6 +32,7 @@ from tappa.pruning.structure import (
 from tappa.pruning.windows import Windows
 from tappa.similarity import self_similarity
 from tappa.tensor_parallel import HeadShards, local
+from tappa.wording import counted, described
 
 SCHEMA = "tappa.calibration/1"
 EVERY = 4  # windows whose sums are added up first, then merged and written
@@ -54,6 +56,12 @@ class Calibration:
     cosines: Float[np.ndarray, " layers"]
     similarity: Float[np.ndarray, "layers heads"]
     output: Float[np.ndarray, "layers heads"]
+
+    def __repr__(self) -> str:
+        layers, heads = self.similarity.shape
+        size = f"{counted(layers, 'layer')}, {counted(layers * heads, 'head')}"
+        read = f"{counted(self.tokens, 'token')} in {counted(self.windows, 'window')}"
+        return f"<Calibration of {self.model['name']}: {size}; {read}>"
 
     @property
     def block_influence(self) -> Float[np.ndarray, " layers"]:
@@ -81,6 +89,8 @@ class Calibration:
 
     def merge(self, other: "Calibration") -> "Calibration":
         """The calibration on both sets of windows. Raises PruningError where they do not fit."""
+        if not isinstance(other, Calibration):
+            raise PruningError(f"expected a Calibration to merge with, got {described(other)}")
         for name in ("model", "settings"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -121,7 +131,7 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
+    texts: str | Path | Sequence[str | Path],
     *,
     window: int = 1024,
     stride: int = 256,
@@ -142,6 +152,8 @@ def calibrate(
         TextError, ModelError, CaptureError, NonFiniteError, PruningError: one line each.
     """
     model = unwrapped(model)
+    state = None if state is None else path_of(state, PruningError)
+    check_callable("progress", progress)
     windows = Windows.of(model, tokenizer, texts, window=window, stride=stride, limit=limit)
     return calibrate_on(model, windows, state=state, progress=progress)
 

@@ -111,9 +111,9 @@ def model_card(
         removed.append(f"- KV heads with their query heads, sliced out: {_heads(wanted.kv_groups)}")
     by = []
     if wanted.layers:
-        by.append(
-            f"layers by `{settings['order']}`, beta {settings['beta']}, seed {settings['seed']}"
-        )
+        uses = {"bi_prime": "beta", "reverse": "beta", "random": "seed"}.get(settings["order"])
+        with_it = f", {uses} {settings[uses]}" if uses else ""
+        by.append(f"layers by `{settings['order']}`{with_it}")
     if wanted.query_heads or wanted.kv_groups:
         by.append(f"heads by `{settings['importance']}`")
     return "\n".join(

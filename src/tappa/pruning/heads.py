@@ -144,7 +144,8 @@ def _apply(model: PreTrainedModel, sliced: dict[str, Tensor], changes: dict[str,
     for name, tensor in sliced.items():
         owner, _, part = name.rpartition(".")
         linear = model.get_submodule(owner)
-        setattr(linear, part, nn.Parameter(tensor, requires_grad=False))
+        trained = getattr(linear, part).requires_grad
+        setattr(linear, part, nn.Parameter(tensor, requires_grad=trained))
         if part == "weight":
             linear.out_features, linear.in_features = tensor.shape  # type: ignore[assignment]
     config = model.config.get_text_config()

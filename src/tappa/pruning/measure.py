@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,7 +24,7 @@ class Figures:
     nbytes: int
     speeds: list[float]  # tokens per second, written one by one; of each run
     perplexity: float
-    nll: list[float]  # of each window, mean over its tokens
+    nll: list[float] = field(repr=False)  # of each window, mean over its tokens
     where: str  # device and threads
 
     @property

@@ -1,15 +1,16 @@
 """Which layers go first: the table of orders."""
 
-import difflib
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
 
 from tappa.errors import PruningError
 from tappa.pruning.importance import bi_prime
+from tappa.wording import described, did_you_mean
 
 PerLayer = Float[np.ndarray, " layers"]
 Measure = Callable[[Sequence[int]], float]  # layers that are gone -> how bad the rest is
@@ -19,8 +20,8 @@ Measure = Callable[[Sequence[int]], float]  # layers that are gone -> how bad th
 class Known:
     """What an order may look at."""
 
-    influence: PerLayer  # BI
-    similarity: PerLayer  # S, mean over heads
+    influence: PerLayer = field(repr=False)  # BI
+    similarity: PerLayer = field(repr=False)  # S, mean over heads
     count: int  # layers to remove
     beta: float = 0.3
     seed: int = 0
@@ -80,8 +81,8 @@ def greedy(known: Known) -> list[int]:
 
 
 ORDERS: dict[str, Callable[[Known], list[int]]] = {
-    "bi_prime": bi_prime_order,
     "bi": bi,
+    "bi_prime": bi_prime_order,
     "q_similarity": q_similarity,
     "uniform": uniform,
     "random": at_random,
@@ -99,10 +100,25 @@ def layers_to_remove(name: str, known: Known) -> list[int]:
 
 def check_order(name: str) -> None:
     """Raises PruningError, naming the nearest order."""
-    if name not in ORDERS:
-        close = difflib.get_close_matches(name, ORDERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PruningError(f"expected an order of {', '.join(ORDERS)}, got {name!r}{hint}")
+    if not isinstance(name, str) or name not in ORDERS:
+        came, hint = described(name), did_you_mean(str(name), ORDERS)
+        raise PruningError(f"expected an order of {', '.join(ORDERS)}, got {came}{hint}")
+
+
+def layer_count(wanted: int | float, layers: int) -> int:
+    """Layers to remove: a whole number as it is, a share of them rounded down, but 1 at least.
+
+    >>> layer_count(0.2, 24), layer_count(0.01, 24), layer_count(3, 24)
+    (4, 1, 3)
+
+    Raises PruningError for what is neither.
+    """
+    if not isinstance(wanted, float):
+        check_count(wanted, layers)
+        return wanted
+    if not 0 < wanted < 1:
+        raise PruningError(f"expected a share of layers above 0 and below 1, got {wanted!r}")
+    return max(math.floor(wanted * layers + 1e-9), 1)
 
 
 def check_count(count: int, layers: int) -> None:

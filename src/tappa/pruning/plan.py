@@ -1,22 +1,32 @@
 """prune(): which layers or heads go, and a model without them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from tappa.adapters import require_model
 from tappa.analysis import Analysis, describe
+from tappa.arguments import finite_number, whole_number
 from tappa.errors import PruningError
 from tappa.pruning.calibration import Calibration, Progress
 from tappa.pruning.heads import Head, check_kv_groups, remove_kv_groups, silence_heads
 from tappa.pruning.importance import HeadImportance, group_importance, head_importance
 from tappa.pruning.layers import check_layers, layers_removed, remove_layers
 from tappa.pruning.measure import nll_of_windows
-from tappa.pruning.orders import Known, Measure, check_count, check_order, layers_to_remove
+from tappa.pruning.orders import (
+    Known,
+    Measure,
+    check_count,
+    check_order,
+    layer_count,
+    layers_to_remove,
+)
 from tappa.pruning.structure import kv_heads_of, query_heads_of
 from tappa.pruning.windows import Windows
 from tappa.tensor_parallel import require_whole
+from tappa.wording import described, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,10 @@ class Plan:
 class Amounts:
     """How much to remove and how to choose. Heads are removed first, then layers."""
 
-    layers: int = 0
+    layers: int | float = 0  # or a share of them, as 0.2
     query_heads: int = 0  # of the whole model
     kv_groups: int = 0  # of every layer
-    order: str = "bi_prime"
+    order: str = "bi"
     beta: float = 0.3
     seed: int = 0
     importance: HeadImportance = "output"
@@ -45,20 +55,25 @@ class Amounts:
         """Raises PruningError for what cannot be removed from this model, before any work."""
         check_order(self.order)
         layers, heads = describe(model)["layers"], query_heads_of(model)
-        check_count(self.layers, layers)
-        if self.importance not in get_args(HeadImportance):
-            names = ", ".join(get_args(HeadImportance))
-            raise PruningError(f"expected the importance {names}, got {self.importance!r}")
+        check_count(layer_count(self.layers, layers), layers)
+        self._check_kinds()
         for what, count, most in (
             ("query heads of the model", self.query_heads, layers * heads),
             ("KV heads of each layer", self.kv_groups, kv_heads_of(model) if self.kv_groups else 1),
         ):
-            if not 0 <= count < most:
+            if count >= most:
                 raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
-        if not 0 <= self.beta < float("inf"):
-            raise PruningError(f"expected a finite beta >= 0, got {self.beta!r}")
         if self.kv_groups:  # which ones does not matter: every model that lacks as many is alike
             check_kv_groups(model, [(i, g) for i in range(layers) for g in range(self.kv_groups)])
+
+    def _check_kinds(self) -> None:
+        names = get_args(HeadImportance)
+        if not isinstance(self.importance, str) or self.importance not in names:
+            came, hint = described(self.importance), did_you_mean(str(self.importance), names)
+            raise PruningError(f"expected the importance {', '.join(names)}, got {came}{hint}")
+        for name in ("query_heads", "kv_groups", "seed"):
+            whole_number(name, getattr(self, name), 0, PruningError)
+        finite_number("beta", self.beta, PruningError)
 
 
 def plan(
@@ -73,7 +88,16 @@ def plan(
     `windows` are what the order `greedy` measures perplexity on; `progress(done, total)` follows
     it. An Analysis knows q-similarity only. Raises PruningError.
     """
+    require_model(model)
+    if not isinstance(known, Calibration | Analysis):
+        raise PruningError(
+            f"expected a Calibration of tappa.calibrate, or an Analysis, got {described(known)}"
+        )
+    if windows is not None and not isinstance(windows, Windows):
+        raise PruningError(f"expected windows as tappa.pruning.Windows, got {described(windows)}")
     amounts.check(model)
+    count = layer_count(amounts.layers, describe(model)["layers"])
+    amounts = replace(amounts, layers=count)
     calibration = _of_analysis(known, amounts) if isinstance(known, Analysis) else known
     theirs, ours = calibration.model, describe(model)
     for key in ("class", "layers", "heads", "kv_heads"):
@@ -87,10 +111,10 @@ def plan(
     figures = Known(
         calibration.block_influence,
         calibration.layer_similarity,
-        amounts.layers,
+        count,
         amounts.beta,
         amounts.seed,
-        None if windows is None else _perplexity_without(model, windows, amounts, progress),
+        None if windows is None else _perplexity_without(model, windows, count, progress),
     )
     importance = head_importance(calibration, amounts.importance)
     return Plan(
@@ -115,14 +139,23 @@ def prune(
     """Remove layers and heads from a model, in place, and return it.
 
         calibration = tappa.calibrate(model, tokenizer, text)
-        tappa.prune(model, calibration, layers=9, order="bi_prime", beta=0.3)
+        tappa.prune(model, calibration, layers=0.2)  # a fifth of them, or as many: layers=9
         model.save_pretrained("smaller")
 
     `amounts` are the fields of `Amounts`: `layers`, `query_heads` (of the whole model, silenced),
     `kv_groups` (of every layer, sliced out), `order`, `beta`, `seed`, `importance`. An Analysis
-    will do for what needs q-similarity only. Raises PruningError, and nothing is altered then.
+    will do for what needs q-similarity only. What is left can be trained: a model that is frozen as a
+    whole, as `tappa.load` gives it, is no longer; parameters of another are as trainable as before.
+    Raises PruningError, and nothing is altered then.
     """
-    return apply(model, plan(model, known, Amounts(**amounts), windows))
+    names = [one.name for one in fields(Amounts)]
+    if unknown := [name for name in amounts if name not in names]:
+        hint = did_you_mean(unknown[0], names)
+        raise PruningError(f"expected amounts of {', '.join(names)}, got {unknown[0]!r}{hint}")
+    smaller = apply(model, plan(model, known, Amounts(**amounts), windows))
+    if not any(parameter.requires_grad for parameter in smaller.parameters()):
+        smaller.requires_grad_(True)
+    return smaller
 
 
 def apply(model: PreTrainedModel, wanted: Plan) -> PreTrainedModel:
@@ -179,10 +212,10 @@ def _of_analysis(analysis: Analysis, amounts: Amounts) -> Calibration:
 
 
 def _perplexity_without(
-    model: PreTrainedModel, windows: Windows, amounts: Amounts, progress: Progress | None
+    model: PreTrainedModel, windows: Windows, count: int, progress: Progress | None
 ) -> Measure:
     layers, done = describe(model)["layers"], 0
-    total = sum(layers - step for step in range(amounts.layers))
+    total = sum(layers - step for step in range(count))
 
     def measure(gone: Any) -> float:
         nonlocal done

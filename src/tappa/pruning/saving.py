@@ -39,7 +39,7 @@ def check_target(
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(
-                f"{path} is not empty: choose another folder, or --force (force=True) to replace it"
+                f"{path} is not empty: choose another folder, or force=True to replace it"
             )
         if not (path / "config.json").is_file():
             raise OutputError(f"{path} holds no checkpoint (config.json): it is never replaced")

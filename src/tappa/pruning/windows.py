@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tappa.adapters import require_tokenizer
+from tappa.arguments import whole_number
 from tappa.errors import PruningError, TextError
 from tappa.files import digest_of
 from tappa.models import context_length
-from tappa.texts import MIN_TOKENS, require_unicode
+from tappa.texts import MIN_TOKENS, as_texts, require_unicode
+from tappa.wording import counted
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,18 @@ class Windows:
     window: int
     stride: int
 
+    def __repr__(self) -> str:
+        return (
+            f"<{counted(len(self.ids), 'window')} of at most {counted(self.window, 'token')}, "
+            f"one every {self.stride:,}>"
+        )
+
     @classmethod
     def of(
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: str | Sequence[str],
+        texts: str | Path | Sequence[str | Path],
         *,
         window: int = 1024,
         stride: int = 256,
@@ -34,15 +44,17 @@ class Windows:
 
         Raises TextError for too short a text, PruningError for windows that cannot be.
         """
+        require_tokenizer(tokenizer)
+        window = whole_number("window", window, 1, PruningError)
+        stride = whole_number("stride", stride, 1, PruningError)
+        limit = None if limit is None else whole_number("limit", limit, 1, PruningError)
         context = context_length(model) or window
         if not MIN_TOKENS <= window <= context:
             raise PruningError(
                 f"expected windows of {MIN_TOKENS} to {context} tokens, got {window}"
             )
-        if stride < 1 or (limit is not None and limit < 1):
-            raise PruningError(f"expected stride and limit >= 1, got {stride} and {limit}")
         found: list[list[int]] = []
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in as_texts(texts):
             require_unicode(text, "a text")
             ids = list(tokenizer(text, verbose=False).input_ids)
             last = max(len(ids) - window, 0)

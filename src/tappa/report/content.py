@@ -207,8 +207,7 @@ def texts_content(
         file = path.with_name(FILE)
         if not file.is_file():
             notes.missing.append(
-                f"{path.name}: no attention maps and no text, which tappa analyze --out keeps "
-                f"({FILE})"
+                f"{path.name}: no attention maps and no text, which tappa analyze keeps ({FILE})"
             )
             continue
         try:

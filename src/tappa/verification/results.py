@@ -30,6 +30,11 @@ class Verified:
     needs: list[LayerNeed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        found = [f"{len(getattr(self, name))} {name}" for name in PARTS if getattr(self, name)]
+        verdict = "passed" if self.passed else "failed"
+        return f"<Verified {self.model.get('name')}: {verdict}; {', '.join(found) or 'nothing'}>"
+
     @property
     def passed(self) -> bool:
         """No bound is violated, and every relocation that can be tested is within 1%.
