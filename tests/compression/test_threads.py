@@ -250,6 +250,30 @@ def test_a_thread_within_the_pass_of_another(
     assert untouched(model)
 
 
+def test_a_copy_within_the_pass_of_the_cache_that_it_was_made_of(model: Any) -> None:
+    """Each has a probe of RoPE of its own."""
+    alone, cache = (
+        tappa.compressed(one, "expected_attention", 19, window=7)
+        for one in (tiny_model("llama"), model)
+    )
+    copies, beside = [cache.copy() for _ in range(97)], []
+
+    def read(cache: Any) -> Tensor:
+        with torch.inference_mode():
+            first = cache.model(IDS, **with_cache(model, cache)).logits
+            return torch.cat([first, cache.model(IDS[:, :1], **with_cache(model, cache)).logits], 1)
+
+    expected = read(alone)
+    handles = at_every_moment(
+        model, lambda: beside.append(torch.equal(read(copies.pop()), expected))
+    )
+    assert torch.equal(read(cache), expected)
+    for handle in handles:
+        handle.remove()
+    assert len(beside) >= 12
+    assert all(beside)
+
+
 def test_plain_text_beside_a_with_is_that_of_the_model_alone(model: Any) -> None:
     class Streamer:
         calls = 0
@@ -305,7 +329,7 @@ def test_a_cache_in_use_is_refused_to_another_thread(model: Any) -> None:
 
 
 def test_one_with_does_not_write_two_texts_at_once(model: Any) -> None:
-    both_in = threading.Barrier(2, timeout=60)
+    both_in = threading.Barrier(2, timeout=20)
 
     class Waiting:
         """The first writes on once the second has been refused."""
