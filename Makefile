@@ -51,7 +51,7 @@ endef
 	@touch $@
 
 demo: .venv/installed ## Analyse every head of SmolLM2-135M; files go to demo-output/
-	$(BIN)/tappa analyze --out demo-output $(DEMO_ARGS)
+	$(BIN)/tappa analyze --out demo-output --force $(DEMO_ARGS)
 
 test: lint types .venv/installed ## Lint, check types, run all tests
 	$(BIN)/pytest

@@ -134,10 +134,8 @@ def render_estimate(
     table.add_row("weights", "unknown before a download" if weights is None else byte_size(weights))
     table.add_row("full cache", f"{byte_size(expected.full_nbytes)} for all tokens")
     table.add_row("KV cache", f"{byte_size(expected.held_nbytes)} held at the end ({share:.0%})")
-    largest = f"largest layer before it is cut {byte_size(expected.layer_nbytes)}"
-    table.add_row(
-        "at peak", f"{byte_size(expected.peak_nbytes)} while the prompt is read; {largest}"
-    )
+    table.add_row("at peak", f"{byte_size(expected.peak_nbytes)} while the prompt is read")
+    table.add_row("one layer", f"{byte_size(expected.layer_nbytes)} at most before it is cut")
     return table
 
 

@@ -290,7 +290,7 @@ def test_one_worker_goes_on_where_many_began(run: Run, source: ModelSource, tmp_
     assert (code, errors) == (0, "")
     assert sorted(p.name for p in (begun / "pieces").iterdir()) == ["job.json", "merged-00003"]
     assert (begun / "analysis.json").read_bytes() == (alone / "analysis.json").read_bytes()
-    code, _, errors = run("analyze", source.name, *texts[:4], *options, "--out", begun)
+    code, _, errors = run("analyze", source.name, *texts[:4], *options, "--out", begun, "--force")
     assert code == 2
     assert errors.startswith("error: ")
     assert "holds pieces of another job: prompts is" in errors

@@ -340,7 +340,7 @@ def test_commands(run: Run, tmp_path: Path) -> None:
     assert (code, errors.strip()) == (0, said)
     assert unpacked(page.read_text())["texts"] == [{"analysis": 0, "title": "text.txt"}]
     more = [*options, "--text", text, "--text", text, "--shown-texts", 2, "--no-report"]
-    code, stdout, _ = run(*more)
+    code, stdout, _ = run(*more, "--force")
     assert (code, "views.npz" in stdout) == (0, False)
     code, _, errors = run("report", text)
     assert (code, "not JSON" in errors) == (2, True)
