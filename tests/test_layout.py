@@ -34,6 +34,7 @@ ORDER = [
     "layer_statistics",
     "figures",
     "patterns",
+    "columns",
     "analysis",
     "experiments",
     "compression",

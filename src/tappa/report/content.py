@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tappa.analysis import SCHEMA
+from tappa.columns import COLUMNS
 from tappa.errors import ReportError
 from tappa.files import finite
 from tappa.patterns import LABELS, explain
@@ -18,32 +19,7 @@ from tappa.verification.bounds import NAMES
 
 LAGS = 160  # distances of a lag profile that are shown
 DIGITS = 4  # significant, of every number
-FIGURES = {
-    "q_similarity": "q-similarity S (before RoPE)",
-    "q_similarity_post_all_prompt": "q-similarity after RoPE",
-    "k_similarity": "k-similarity",
-    "predictability": "predictability",
-    "vertical": "persistence, shift (1, 0)",
-    "diagonal": "persistence, shift (1, 1)",
-    "seasonal": "persistence, shift (L, L)",
-    "sink_mass": "attention on the first tokens",
-    "heavy_mass": "attention on the 8 heaviest keys",
-    "entropy": "entropy of a row (0 to 1)",
-    "dominant_channel": "dominant channel",
-    "dominant_share": "its share of energy",
-    "frequency": "its frequency (radians per token)",
-    "period": "its period (tokens)",
-    "angle": "its angle (radians)",
-    "alignment": "its alignment",
-    "unrotated_share": "energy without RoPE",
-    "season": "season L (tokens)",
-    "measured_period": "period of the lag profile (tokens)",
-    "period_strength": "strength of that period",
-    "expected_predictability": "expected predictability",
-    "expected_vertical": "expected persistence (1, 0)",
-    "expected_diagonal": "expected persistence (1, 1)",
-    "bound_violations": "bound violations",
-}
+FIGURES = {column.name: column.words for column in COLUMNS.values() if column.words}
 TIGHTNESS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "residual")
 RESULTS = {  # files, and parts of which each has one at least
     "results.json": ("tables",),
