@@ -92,7 +92,7 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column(
             "sink_mass",
             "Sink mass: mean over t of Σ A[t, i] over the first 4 tokens i, in rows past them.",
-            "attention on the first tokens",
+            "sink mass (attention on the first tokens)",
         ),
         Column(
             "dominant_channel",
@@ -134,7 +134,7 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column(
             "period_strength",
             "R² of one sinusoid of that period in the mean logit by distance, without its trend.",
-            "strength of that period",
+            "strength of the period",
         ),
         Column("measured_channel", "The rotary channel whose turn is nearest to measured_period."),
     ),
@@ -142,28 +142,28 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column(
             "dominant_share",
             "Energy of the dominant channel ÷ energy of all channels.",
-            "its share of energy",
+            "dominant channel's share of energy",
         ),
         Column(
             "frequency",
             "Angle θ by which the dominant channel turns in one token.",
-            "its frequency (radians per token)",
+            "dominant channel's frequency (radians per token)",
         ),
         Column(
             "period",
             "2π ÷ θ: tokens in which the dominant channel turns once.",
-            "its period (tokens)",
+            "dominant channel's period (tokens)",
         ),
         Column(
             "angle",
             "Angle from the mean query to the mean key in the dominant channel.",
-            "its angle (radians)",
+            "dominant channel's angle (radians)",
         ),
         Column(
             "alignment",
             "‖mean qᵐ‖ · ‖mean kᵐ‖ ÷ (mean ‖qᵐ‖ · mean ‖kᵐ‖) in the dominant channel m: 1 when "
             "neither changes its direction.",
-            "its alignment",
+            "dominant channel's alignment",
         ),
         Column(
             "unrotated_share",
