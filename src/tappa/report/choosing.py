@@ -16,13 +16,8 @@ def known_column(name: str) -> str:
     """A column of heads.csv. Raises ReportError for a name that is none."""
     if name in COLUMNS:
         return name
-    raise ReportError(
-        f"expected a column of heads.csv, got {name!r}{did_you_mean(name, COLUMNS) or _examples()}"
-    )
-
-
-def _examples() -> str:
-    return "; examples: sink_mass, q_similarity, observed"
+    ending = did_you_mean(name, COLUMNS) or "; examples: sink_mass, q_similarity, observed"
+    raise ReportError(f"expected a column of heads.csv, got {name!r}{ending}")
 
 
 def atlas_colour(heads: Sequence[dict[str, Any]]) -> str:
