@@ -38,6 +38,7 @@ ORDER = [
     "layer_statistics",
     "figures",
     "patterns",
+    "columns",
     "analysis",
     "experiments",
     "compression",

@@ -1,4 +1,4 @@
-"""The observed label of every head."""
+"""A statistic of every head: what attention spends on the first tokens."""
 
 from figure import main
 

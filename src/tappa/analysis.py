@@ -17,6 +17,7 @@ from tappa.adapters import require_tokenizer, unwrapped
 from tappa.arguments import check_callable, path_of, whole_number
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import first_line
+from tappa.columns import in_order
 from tappa.errors import AnalysisFileError, TappaError, TextError
 from tappa.figures import head_figures
 from tappa.files import write_atomic
@@ -61,8 +62,12 @@ class Analysis:
         return [f | name_patterns(f) for f in figures]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for every head; the scores of the labels are columns of their own."""
-        return pd.json_normalize(self.heads, sep="_")
+        """One row for every head; the scores of the labels are columns of their own.
+
+        Columns come in the order of tappa.columns: identity, the ten that matter, the others.
+        """
+        frame = pd.json_normalize(self.heads, sep="_")
+        return frame[in_order(frame.columns)]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the sums, ready for JSON."""

@@ -13,6 +13,8 @@ import pytest
 
 import tappa
 from result_files import FILES, HOSTILE, changed, leave
+from tappa.columns import COLUMNS
+from tappa.report.content import FIGURES, TIGHTNESS
 from tappa.report.looking import look
 from tappa.report.page import write_report
 from tappa.report.views import FILE, save_views
@@ -63,6 +65,13 @@ def opened(browser: Any, file: Path, width: int = 1280) -> tuple[Any, list[str]]
     return page, errors
 
 
+def unfold(page: Any) -> None:
+    """Open all that a narrow page folds, as a reader does."""
+    for part in page.locator("main > section > details").all():
+        if part.is_visible() and part.get_attribute("open") is None:
+            part.locator("summary").first.click()
+
+
 def click_head(page: Any, across: float, down: float) -> None:
     """Click the atlas at shares of its width and height."""
     cells = page.locator("#atlas .nsewdrag")
@@ -73,6 +82,7 @@ def click_head(page: Any, across: float, down: float) -> None:
 @pytest.mark.parametrize("width", [1280, 380])
 def test_the_page_works(browser: Any, page_file: Path, width: int) -> None:
     page, errors = opened(browser, page_file, width)
+    unfold(page)
     assert page.inner_text("#title") == HOSTILE
     assert page.is_visible("#card")  # of a head that is worth a look
     click_head(page, 2.5 / 6, 0.75)  # of two layers of six heads
@@ -194,6 +204,7 @@ def test_results_and_comparisons_are_shown(
     results = leave(tmp_path / "results", files)
     analyses = [page_file.parent / "analysis.json", tmp_path / "after.json"]
     page, errors = opened(browser, write_report(tmp_path / "r.html", analyses, results), width)
+    unfold(page)
     assert page.text_content("#notes") is not None
     assert "cannot be shown" not in str(page.text_content("#notes"))
     words = page.inner_text("#compare-words")
@@ -377,6 +388,8 @@ def test_a_thousand_heads_react(browser: Any, page_file: Path) -> None:
     assert page.inner_text("#list .hint") == "1024 heads"
     click_head(page, 16.5 / 32, 16.5 / 32)
     page.locator("#card-title", has_text="L16 H16").wait_for(timeout=10_000)
+    narrow, _ = opened(browser, page_file.parent / "large.html", width=390)
+    assert height(narrow) < 4000
     assert errors == []
 
 
@@ -388,4 +401,87 @@ def test_a_page_without_heads_opens(browser: Any, page_file: Path) -> None:
     assert "No heads" in page.inner_text("#atlas")
     assert "has no heads" in page.inner_text("#notes li >> nth=0")  # unfolded
     assert page.is_hidden("#layers")
+    assert errors == []
+
+
+def height(page: Any) -> int:
+    return int(page.evaluate("document.documentElement.scrollHeight"))
+
+
+def test_a_phone_shows_a_short_page_that_unfolds(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, page_file, width=390)
+    assert height(page) < 2500
+    assert page.is_hidden("#layers")
+    page.click("nav a[href='#model-part']")
+    page.locator("#layers").wait_for()
+    plot = page.locator("#layers .main-svg").first
+    figure = page.locator("figure:has(#layers)")
+    page.wait_for_function("document.querySelector('#layers .main-svg').clientWidth <= 390")
+    assert plot.bounding_box()["width"] == pytest.approx(figure.bounding_box()["width"], abs=2)
+    unfold(page)
+    page.locator("#all-figures > summary").click()
+    assert page.is_visible("#tokens")
+    assert page.is_visible("#figures")
+    assert height(page) < 5000
+    cards = page.locator("#card .cards")
+    assert cards.evaluate("box => box.scrollWidth > 2 * box.clientWidth")  # side by side
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wide, _ = opened(browser, page_file)
+    assert wide.locator("main details:not([open])").count() == 0
+    assert errors == []
+
+
+def test_words_tell_what_they_mean(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, page_file)
+    assert page.is_hidden("#meaning")
+    names = page.locator("#figures dfn").all_inner_texts()
+    assert names[:1] == ["q-similarity S (before RoPE)"]
+    assert len(names) == len(FIGURES) + len(TIGHTNESS)
+    page.hover("#figures dfn >> text=channel's alignment")
+    assert page.inner_text("#meaning") == COLUMNS["alignment"].meaning
+    page.hover("#title")
+    assert page.is_hidden("#meaning")
+    page.focus("figure:has(#atlas) dfn")
+    assert page.inner_text("#meaning") == COLUMNS["sink_mass"].meaning
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#meaning")
+    word = page.locator("#card-sentence dfn")
+    word.click()  # or a tap
+    assert (word.inner_text(), page.inner_text("#meaning")) == (
+        "S",
+        COLUMNS["q_similarity"].meaning,
+    )
+    page.click("#card-title")
+    assert page.is_hidden("#meaning")
+    page.hover("#figures dfn >> text=bound ÷ actual, 5.1")
+    assert page.inner_text("#meaning") == COLUMNS["tightness_vertical"].meaning
+    page.hover("figure:has(#persistence) dfn")
+    assert page.inner_text("#meaning") == COLUMNS["vertical"].meaning
+    assert errors == []
+
+
+def test_every_picture_can_be_saved(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, Path(f"{page_file}#L1H4"))
+    figures = page.locator("figure:visible")
+    assert page.locator("figure:visible .save").count() == figures.count() >= 9
+    stem = re.sub(r"[^\w.]+", "-", HOSTILE).strip("-")
+    for figure, file in (("lags", "L1H4-lags"), ("atlas", "atlas-sink_mass"), ("map", "L1H4-map")):
+        for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
+            with page.expect_download() as download:
+                page.locator(f"figure:has(#{figure}) .save button", has_text=kind).click()
+            found = download.value
+            assert found.suggested_filename == f"{stem}-{file}.{kind.lower()}"
+            assert Path(found.path()).read_bytes().startswith(start)
+    assert errors == []
+
+
+def test_the_atlas_starts_with_a_statistic(browser: Any, page_file: Path) -> None:
+    page, errors = opened(browser, page_file)
+    raw = json.loads((page_file.parent / "analysis.json").read_text())
+    drawn = page.evaluate("document.getElementById('atlas').data[0].z")
+    assert page.input_value("#colour") == "sink_mass"
+    masses = [head["sink_mass"] for head in raw["heads"]]
+    np.testing.assert_allclose(np.array(drawn).ravel(), masses, rtol=1e-3)
+    page.select_option("#colour", "observed")
+    assert page.locator("#atlas .heatmap-label").count() == 12
     assert errors == []

@@ -21,7 +21,9 @@ from result_files import HOSTILE, TABLE, leave
 from tappa.attention_profile import Attention
 from tappa.capture import LayerView, prefill
 from tappa.errors import OutputError, ReportError
+from tappa.patterns import LABELS
 from tappa.query_model import expected_persistence
+from tappa.report.choosing import chosen_heads
 from tappa.report.content import FIGURES, LAGS, RESULTS, content_of, origins
 from tappa.report.looking import ROWS, TOP, look, persistence_curves, picture
 from tappa.report.page import render, write_report
@@ -423,3 +425,99 @@ def test_figures_command(run: Run, analysis: Path, tmp_path: Path) -> None:
     names = ["atlas.pdf", "channels.pdf", "similarity.pdf"]
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == names
     assert out.count("wrote") == 3
+
+
+def columns_drawn(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], **more: str) -> Any:
+    """What the atlas shows, as matplotlib got it: the cells, and the words of the legend."""
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    shown: dict[str, Any] = {"words": []}
+    imshow, legend = Axes.imshow, Figure.legend
+    monkeypatch.setattr(
+        Axes,
+        "imshow",
+        lambda self, x, *a, **k: (shown.update(cells=x), imshow(self, x, *a, **k))[1],
+    )
+    monkeypatch.setattr(
+        Figure,
+        "legend",
+        lambda self, h, w, **k: (shown.update(words=w), legend(self, h, w, **k))[1],
+    )
+    assert list(figures(content, only="atlas", **more)) == ["atlas.png"]
+    return shown
+
+
+@pytest.mark.parametrize("column", ["", "entropy", "observed", "explained_scores_re-access"])
+def test_the_atlas_has_the_colours_of_any_column(
+    analysis: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    content = content_of([analysis], columns=[column] if column else [])
+    frame = tappa.Analysis.load(analysis).to_frame().sort_values(["layer", "head"])
+    values = frame[column or "sink_mass"]
+    if column == "observed":
+        values = values.map(LABELS.index)
+    shown = columns_drawn(monkeypatch, content, colour=column)
+    np.testing.assert_allclose(shown["cells"], values.to_numpy(float).reshape(2, 6), rtol=1e-3)
+    assert shown["words"] == (list(LABELS) if column == "observed" else [])
+
+
+def test_the_atlas_of_a_file_without_its_column(analysis: Path, tmp_path: Path) -> None:
+    raw = json.loads(analysis.read_text())
+    for head in raw["heads"]:
+        del head["sink_mass"]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(raw))
+    content = content_of([old])
+    assert content["analyses"][0]["colour"] == "observed"
+    assert content_of([analysis])["analyses"][0]["colour"] == "sink_mass"
+    with pytest.raises(ReportError, match=r"values in sink_mass, .*old.json has none of any head"):
+        figures(content, only="atlas", colour="sink_mass")
+    with pytest.raises(ReportError, match="got 'zzz'; examples: sink_mass, q_similarity"):
+        figures(content, colour="zzz")
+    with pytest.raises(ReportError, match="got 'entropi'; did you mean 'entropy'"):
+        content_of([old], columns=["entropi"])
+
+
+HEADS = [{"layer": layer, "head": head} for layer in range(3) for head in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [("L2H5", [19]), ("2 5", [19]), ("l1 h0, L0H6,L1H0", [7, 6]), ("1.3", [10]), ("L2 H5,", [19])],
+)
+def test_heads_are_chosen_by_their_names(names: str, places: list[int]) -> None:
+    assert chosen_heads(names, HEADS) == places
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("L2H7", "got 'L2H7'; did you mean 'L2H"),
+        ("X", "got 'X'; heads go from L0H0 to L2H6"),
+        ("L1H0,first", "got 'first'; heads go from"),
+        ("25", "got '25'; did you mean 'L2H5'"),
+        (",", "expected 1 to 12 heads, such as L0H1, got 0"),
+        (",".join(f"L{i // 7}H{i % 7}" for i in range(13)), "got 13"),
+    ],
+)
+def test_heads_that_are_none_are_refused(names: str, said: str) -> None:
+    with pytest.raises(ReportError, match=said):
+        chosen_heads(names, HEADS)
+
+
+def test_chosen_heads_are_drawn(analysis: Path, views: Views, tmp_path: Path, run: Run) -> None:
+    copy = tmp_path / "analysis.json"
+    copy.write_text(analysis.read_text())
+    save_views(tmp_path / FILE, [views])
+    options = ["--format", "svg", "--head", "L1H4,L0H2", "--colour", "entropy"]
+    code, out, _ = run("figures", copy, "-o", tmp_path / "f", *options)
+    assert (code, out.count("wrote")) == (0, 6)
+    for name in ("patterns", "persistence"):
+        comments = re.findall(r"<!-- (L\d H\d)", (tmp_path / "f" / f"{name}.svg").read_text())
+        assert comments == ["L1 H4", "L0 H2"]
+    for wrong in (["--colour", "entropi"], ["--head", "L1H9"]):
+        code, out, errors = run("figures", copy, "-o", tmp_path / "g", *wrong)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert "did you mean" in errors
+    assert not (tmp_path / "g").exists()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tappa.files import check_writable_folder, made_folder, write_atomic
+from tappa.report.choosing import ATLAS
 from tappa.report.content import content_of
 from tappa.report.page import render
 from tappa.report.prints import figures
@@ -59,19 +60,32 @@ def draw_figures(
         "figures"
     ),
     kind: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
+    colour: Annotated[
+        str | None,
+        typer.Option("--colour", "--color", help=f"Column of heads.csv for the atlas [{ATLAS}]."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Heads of patterns and persistence, such as L18H8,L2H1. Default: the clearest "
+            "head of every label."
+        ),
+    ] = None,
 ) -> None:
     """Draw figures for a paper: atlas, similarity, channels, patterns, quality against budget.
 
-    Needs the extra tappa[figures].
+    Needs the extra tappa[figures]; patterns and persistence need views.npz beside the analysis.
 
     Examples:
 
     \b
       tappa figures smollm2/analysis.json -o figures
       tappa figures smollm2/analysis.json --results results --format pdf
+      tappa figures smollm2/analysis.json --colour q_similarity
+      tappa figures smollm2/analysis.json --colour observed --head L18H8,L2H1 --format svg
     """
-    content = content_of([analysis], results)
-    pictures = figures(content, kind)
+    content = content_of([analysis], results, [] if colour is None else [colour])
+    pictures = figures(content, kind, colour=colour or "", heads=head or "")
     with made_folder(out):
         for name, picture in pictures.items():
             typer.echo(f"wrote {write_atomic(out / name, picture)}")

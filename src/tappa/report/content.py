@@ -10,40 +10,17 @@ from typing import Any
 import numpy as np
 
 from tappa.analysis import SCHEMA
+from tappa.columns import COLUMNS, TERMS, value_of
 from tappa.errors import ReportError
 from tappa.files import finite
 from tappa.patterns import LABELS, explain
+from tappa.report.choosing import atlas_colour, known_column
 from tappa.report.views import CURVES, FILE, load_views
 from tappa.verification.bounds import NAMES
 
 LAGS = 160  # distances of a lag profile that are shown
 DIGITS = 4  # significant, of every number
-FIGURES = {
-    "q_similarity": "q-similarity S (before RoPE)",
-    "q_similarity_post_all_prompt": "q-similarity after RoPE",
-    "k_similarity": "k-similarity",
-    "predictability": "predictability",
-    "vertical": "persistence, shift (1, 0)",
-    "diagonal": "persistence, shift (1, 1)",
-    "seasonal": "persistence, shift (L, L)",
-    "sink_mass": "attention on the first tokens",
-    "heavy_mass": "attention on the 8 heaviest keys",
-    "entropy": "entropy of a row (0 to 1)",
-    "dominant_channel": "dominant channel",
-    "dominant_share": "its share of energy",
-    "frequency": "its frequency (radians per token)",
-    "period": "its period (tokens)",
-    "angle": "its angle (radians)",
-    "alignment": "its alignment",
-    "unrotated_share": "energy without RoPE",
-    "season": "season L (tokens)",
-    "measured_period": "period of the lag profile (tokens)",
-    "period_strength": "strength of that period",
-    "expected_predictability": "expected predictability",
-    "expected_vertical": "expected persistence (1, 0)",
-    "expected_diagonal": "expected persistence (1, 1)",
-    "bound_violations": "bound violations",
-}
+FIGURES = {column.name: column.words for column in COLUMNS.values() if column.words}
 TIGHTNESS = ("vertical", "sequential", "seasonal", "seasonal_rows", "seasonal_columns", "residual")
 RESULTS = {  # files, and parts of which each has one at least
     "results.json": ("tables",),
@@ -65,16 +42,22 @@ class Notes:
     missing: list[str] = field(default_factory=list)
 
 
-def content_of(analyses: Sequence[str | Path], results: str | Path | None = None) -> dict[str, Any]:
+def content_of(
+    analyses: Sequence[str | Path],
+    results: str | Path | None = None,
+    columns: Sequence[str] = (),
+) -> dict[str, Any]:
     """What the page shows, ready for JSON; `texts` of views.npz beside each analysis, first ones
-    first.
+    first; of heads the columns that the page shows, and those in `columns`.
 
     Files are read leniently: what is missing in one is a note on the page. Raises ReportError for a
-    file that is no Analysis at all, and for a folder of results that does not exist.
+    file that is no Analysis at all, for a folder of results that does not exist, and for a column
+    that heads.csv does not have.
     """
+    columns = [known_column(name) for name in columns]
     notes = Notes()
     paths = [Path(path) for path in analyses]
-    shown = [analysis_content(path, notes) for path in paths]
+    shown = [analysis_content(path, notes, columns) for path in paths]
     found = results_content(Path(results), notes) if results is not None else {}
     for analysis, origin in zip(shown, origins(shown, found), strict=True):
         analysis["origin"] = origin
@@ -82,6 +65,8 @@ def content_of(analyses: Sequence[str | Path], results: str | Path | None = None
     content = {
         "labels": list(LABELS),
         "figures": FIGURES,
+        "meanings": {name: column.meaning for name, column in COLUMNS.items()},
+        "terms": {words: name for name, words in FIGURES.items()} | TERMS,
         "tightness": list(TIGHTNESS),
         "bounds": NAMES,
         "curves": list(CURVES),
@@ -93,7 +78,7 @@ def content_of(analyses: Sequence[str | Path], results: str | Path | None = None
     return dict(finite(rounded(content))) | {"texts": texts}
 
 
-def analysis_content(path: Path, notes: Notes) -> dict[str, Any]:
+def analysis_content(path: Path, notes: Notes, columns: Sequence[str] = ()) -> dict[str, Any]:
     """One analysis: figures of heads, lag profiles, energies of channels."""
     raw = _read(path)
     if raw["schema"] != SCHEMA:
@@ -101,7 +86,7 @@ def analysis_content(path: Path, notes: Notes) -> dict[str, Any]:
     model: dict[str, Any] = raw["model"] if isinstance(raw.get("model"), dict) else {}
     given = _list(raw.get("heads"))
     placed = [head for head in given if isinstance(head, dict) and _has_place(head, model)]
-    heads = [_head(head) for head in placed]
+    heads = [_head(head, columns) for head in placed]
     if not heads:
         notes.damage.append(f"{path.name} has no heads")
     elif len(heads) < len(given):
@@ -121,6 +106,7 @@ def analysis_content(path: Path, notes: Notes) -> dict[str, Any]:
         "bound_violations": raw.get("bound_violations"),
         "agreement": raw.get("agreement") if isinstance(raw.get("agreement"), dict) else {},
         "heads": heads,
+        "colour": atlas_colour(heads),
     }
     try:
         profiles = _profiles(raw["statistics"])
@@ -169,10 +155,10 @@ def _has_place(head: dict[str, Any], model: dict[str, Any]) -> bool:
     )
 
 
-def _head(raw: dict[str, Any]) -> dict[str, Any]:
+def _head(raw: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     head = {name: raw.get(name) for name in ("layer", "head", "kv_head", "observed", "explained")}
     head["measured_channel"] = raw.get("measured_channel")
-    head |= {name: raw.get(name) for name in FIGURES}
+    head |= {name: value_of(raw, name) for name in (*FIGURES, *columns)}
     head["tightness"] = [raw.get(f"tightness_{name}") for name in TIGHTNESS]
     try:
         head["sentence"] = explain(raw)

@@ -17,7 +17,7 @@ LIMIT = 8_000_000  # bytes of a page; texts that do not fit into it are left out
 SLACK = 4096  # of it, for what stands around the texts
 # Parts of the page's script, in the order in which they run
 PARTS = (
-    *("base", "data", "atlas", "card", "text", "needle"),
+    *("base", "data", "meanings", "save", "folding", "atlas", "card", "text", "needle"),
     *("model", "compare", "results", "theory", "begin"),
 )
 

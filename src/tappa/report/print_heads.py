@@ -1,4 +1,4 @@
-"""Figures of heads for print: labels, similarity, channels, patterns, persistence, what is kept."""
+"""Figures of heads for print: similarity, channels, patterns, persistence, what is kept."""
 
 import base64
 from typing import Any
@@ -6,32 +6,6 @@ from typing import Any
 import numpy as np
 
 from tappa.report.print_style import COLOURS, Content, line_of, title
-
-
-def atlas(figure: Any, data: tuple[Content, list[str]]) -> None:
-    from matplotlib.colors import ListedColormap
-
-    analysis, labels = data
-    heads = analysis["heads"]
-    layers, columns = (max(head[key] for head in heads) + 1 for key in ("layer", "head"))
-    grid = np.full((layers, columns), np.nan)
-    for head in heads:
-        if head["observed"] in labels:
-            grid[head["layer"], head["head"]] = labels.index(head["observed"])
-    axes = figure.subplots()
-    axes.imshow(
-        grid,
-        ListedColormap(COLOURS[: len(labels)]),
-        vmin=-0.5,
-        vmax=len(labels) - 0.5,
-        aspect="auto",
-    )
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    for label, colour in zip(labels, COLOURS, strict=False):
-        axes.plot([], [], "s", color=colour, label=label)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    title(axes, f"{analysis['title']}: observed patterns")
 
 
 def _by_layer(heads: list[Content], key: str) -> list[np.ndarray]:

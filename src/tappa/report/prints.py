@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tappa.errors import MissingExtraError, ReportError, VerificationError
-from tappa.report import print_heads, print_results
+from tappa.report import print_atlas, print_heads, print_results
+from tappa.report.choosing import chosen_heads, known_column
 from tappa.report.print_style import Content
 
 KINDS = ("png", "svg", "pdf")
@@ -25,13 +26,16 @@ class Drawing:
     size: tuple[float, float]
 
 
-def figures(content: Content, kind: str = "png", only: str = "") -> dict[str, bytes]:
+def figures(
+    content: Content, kind: str = "png", only: str = "", colour: str = "", heads: str = ""
+) -> dict[str, bytes]:
     """Every figure that the content (`tappa.report.content.content_of`) has data for, by file name.
 
-    - atlas: the observed label of every head
+    - atlas: a column of heads.csv of every head
     - similarity: q- and k-similarity by layer, means and ranges over heads
     - channels: how often each RoPE channel dominates, and how much energy it then holds
-    - patterns: the clearest head of every label: attention map, mean logit by distance
+    - patterns: chosen heads, or the clearest one of every label: attention map, mean logit by
+      distance
     - persistence: of the same heads, after every shift, observed and expected
     - budgets: tokens that each method keeps by layer
     - quality-*, memory-*: quality with 95% intervals against budget and against bytes held, of each
@@ -39,14 +43,16 @@ def figures(content: Content, kind: str = "png", only: str = "") -> dict[str, by
     - bounds-*, relocation-*, observations-*, resonance-*, sensitivity-*: of each verification.json
 
     A verification.json that is none is left out, with a note in `content["notes"]`. `only` draws
-    those of one name: `atlas`, or `quality` for all of `quality-*`. Raises ReportError for another
-    kind of picture and broken results, MissingExtraError without matplotlib.
+    those of one name: `atlas`, or `quality` for all of `quality-*`. `colour` is the column of the
+    atlas (`content_of` must have kept it in `columns`), `heads` those to draw (`L18H8,L2H1`).
+    Raises ReportError for another kind of picture, for what there is not, and for broken results,
+    MissingExtraError without matplotlib.
     """
     if kind not in KINDS:
         raise ReportError(f"expected pictures as {', '.join(KINDS)}, got {kind!r}")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("figures need the extra, pip install 'tappa[figures]'")
-    drawings = [*_of_heads(content), *_of_results(content)]
+    drawings = [*_of_heads(content, colour, heads), *_of_results(content)]
     found = {
         f"{drawing.name}.{kind}": _draw(drawing, kind)
         for drawing in drawings
@@ -60,17 +66,22 @@ def _is_wanted(name: str, only: str) -> bool:
     return not only or name == only or name.startswith(f"{only}-")
 
 
-def _of_heads(content: Content) -> Iterator[Drawing]:
+def _of_heads(content: Content, colour: str, heads: str) -> Iterator[Drawing]:
     for analysis in content["analyses"][:1]:
         if not analysis["heads"]:
             return
         labels = content["labels"]
         layers = max(head["layer"] for head in analysis["heads"]) + 1
         atlas = (4.5, 0.19 * layers + 1.3)
-        yield Drawing("atlas", print_heads.atlas, (analysis, labels), atlas)
+        column = _kept_column(analysis, colour or analysis["colour"])
+        yield Drawing("atlas", print_atlas.atlas, (analysis, column, labels), atlas)
         yield Drawing("similarity", print_heads.similarity, analysis, (6.0, 3.2))
         yield Drawing("channels", print_heads.channels, analysis, (6.0, 3.2))
-        shown = print_heads.clearest(analysis, labels)
+        shown = (
+            chosen_heads(heads, analysis["heads"])
+            if heads
+            else print_heads.clearest(analysis, labels)
+        )
         for text in [text for text in content["texts"] if text["analysis"] == 0][:1]:
             of_text = (analysis, text, shown)
             width = 2.3 * len(shown)
@@ -80,6 +91,13 @@ def _of_heads(content: Content) -> Iterator[Drawing]:
                 yield Drawing("persistence", print_heads.persistence, of_text, (width, 3.2))
             if text["methods"] and text["kv_heads"] % layers == 0:
                 yield Drawing("budgets", print_heads.budgets, (analysis, text), (6.5, 3.2))
+
+
+def _kept_column(analysis: Content, column: str) -> str:
+    """A column that some head has a value in. Raises ReportError."""
+    if all(head.get(known_column(column)) is None for head in analysis["heads"]):
+        raise ReportError(f"expected values in {column}, {analysis['file']} has none of any head")
+    return column
 
 
 def _of_results(content: Content) -> Iterator[Drawing]:

@@ -62,7 +62,7 @@ const drawAtlas = () => {
   });
 };
 const painted = (label) => `background:${colourOfLabel(label)}; color:${inkOn(colourOfLabel(label))}`;
-const short = (words) => words.replace(/^its /, "").replace(/ \([a-z][^)]*\)$/i, ""); // of a figure, without its unit
+const short = (words) => words.replace(/^dominant channel's /, "").replace(/ \([a-z][^)]*\)$/i, ""); // of a figure, without its unit
 const MOST = 300; // heads in the list
 const drawList = () => {
   const heads = current().heads.map((head, index) => [head, index]).filter(([head]) => matches(head));

@@ -68,7 +68,8 @@ const layout = (more) => {
 };
 const draw = (id, caption, traces, more = {}) => {
   const place = $(id), words = place.parentElement.querySelector("figcaption");
-  if (caption && words) words.textContent = caption;
+  if (caption && words) words.replaceChildren(...explained(caption));
+  if (words && !place.parentElement.querySelector(".save")) words.after(savers(place));
   return Plotly.react(place, safe(traces), safe(layout(more)), { responsive: true, displayModeBar: false });
 };
 const onClick = (id, act) => { // once for each plot
@@ -88,7 +89,11 @@ const tableOf = (columns, rows, caption) => {
   const box = element("div", undefined, { class: "scroll", tabindex: 0, role: "region", "aria-label": caption || "Table" });
   const table = element("table"), head = element("tr");
   if (caption) table.append(element("caption", caption));
-  head.append(...columns.map((words) => element("th", words, { scope: "col" })));
+  for (const words of columns) {
+    const cell = element("th", undefined, { scope: "col" });
+    cell.append(...explained(words));
+    head.append(cell);
+  }
   table.append(head);
   for (const cells of rows) {
     const row = element("tr");

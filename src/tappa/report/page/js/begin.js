@@ -44,6 +44,7 @@ const fillSelects = () => {
   for (const [key, words] of [["observed", "observed label"], ["explained", "explained label"], ["disagree", "where labels disagree"]]) option($("colour"), key, words);
   option($("sort"), "", "by layer");
   for (const [key, words] of Object.entries(data.figures)) for (const id of ["colour", "sort"]) option($(id), key, words);
+  $("colour").value = data.analyses[0].colour;
   option($("label"), "", "all");
   data.labels.forEach((label) => option($("label"), label, label));
 };
@@ -82,9 +83,11 @@ const listen = () => {
   $("log").addEventListener("change", drawMap);
   $("map").addEventListener("mousemove", readMap);
   $("atlas").addEventListener("keydown", moveBy);
-  listenToText(); listenToNeedle();
+  listenToText(); listenToNeedle(); listenToMeanings();
+  $("map").parentElement.querySelector("figcaption").after(savers($("map")));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { refresh(); return drawRest(); });
 };
+startFolding();
 data.notes.forEach(note);
 $("notes").open = data.damaged > 0;
 if (data.analyses.length) {

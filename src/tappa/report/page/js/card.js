@@ -69,11 +69,12 @@ const drawPersistence = (head) => {
     { yaxis: axis("share", { range: [0, 1.02] }), xaxis: measured ? axis("shift u (tokens)", { type: "log", tickvals: text.shifts, ticktext: text.shifts.map(String) }) : {} });
 };
 const drawFigures = (head) => {
-  const rows = Object.entries(data.figures).map(([key, words]) => [words, head[key]]);
-  list(head.tightness).forEach((value, i) => rows.push([`bound ÷ actual, ${data.bounds[data.tightness[i]].replace(/Theorem |shift /g, "")}`, value]));
-  $("figures").replaceChildren(...rows.map(([words, value]) => {
-    const row = element("div");
-    row.append(element("dt", words), element("dd", number(value)));
+  const rows = Object.entries(data.figures).map(([key, words]) => [words, head[key], key]);
+  list(head.tightness).forEach((value, i) => rows.push([`bound ÷ actual, ${data.bounds[data.tightness[i]].replace(/Theorem |shift /g, "")}`, value, `tightness_${data.tightness[i]}`]));
+  $("figures").replaceChildren(...rows.map(([words, value, key]) => {
+    const row = element("div"), label = element("dt");
+    label.append(term(words, data.meanings[key]));
+    row.append(label, element("dd", number(value)));
     return row;
   }));
 };
@@ -91,6 +92,6 @@ const drawCard = () => {
   $("card-title").textContent = `${name(head)}: ${head.observed || "?"}${otherwise}`;
   $("card").style.borderColor = colourOfLabel(head.observed);
   const sentence = head.sentence ? `${head.sentence[0].toUpperCase()}${head.sentence.slice(1)}. ` : "";
-  $("card-sentence").textContent = sentence + whyAnother(head) + (head.q_similarity === null ? "" : `Its queries are self-similar with S = ${number(head.q_similarity)}.`);
+  $("card-sentence").replaceChildren(sentence + whyAnother(head), ...(head.q_similarity === null ? [] : explained(`Its queries are self-similar with S = ${number(head.q_similarity)}.`)));
   drawMap(); drawLags(analysis, head); drawChannels(analysis, head); drawPersistence(head); drawFigures(head);
 };

@@ -4,7 +4,7 @@ const data = JSON.parse(content);
 document.head.append(element("script", plotly)); // runs at once; its hash is in the policy of the page
 
 const LETTERS = { "re-access": "R", sequential: "S", periodic: "P", seasonal: "L", unpredictable: "·" };
-const state = { analysis: 0, text: -1, colour: "observed", label: "", find: "", sort: "", ascending: false, head: -1 };
+const state = { analysis: 0, text: -1, colour: "", label: "", find: "", sort: "", ascending: false, head: -1 };
 const current = () => data.analyses[state.analysis];
 const chosen = () => current().heads[state.head];
 const name = (head) => `L${head.layer} H${head.head}`;
