@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tappa import Analysis, analyze
-from tappa.columns import COLUMNS, GROUPS, TERMS, did_you_mean, in_order, value_of
+from tappa.columns import COLUMNS, GROUPS, TERMS, in_order, value_of
+from tappa.wording import did_you_mean
 from tiny import tiny_model, tiny_tokenizer
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a fortune. "
