@@ -307,11 +307,20 @@ def cells(page: Any) -> list[list[bool]]:
     ]
 
 
+def colour_range(page: Any) -> list[float]:
+    """The values that the first and the last colour of the atlas stand for."""
+    trace = "document.getElementById('atlas').data[0]"
+    return list(page.evaluate(f"[{trace}.zmin, {trace}.zmax]"))
+
+
 @pytest.mark.parametrize("colour", ["observed", "disagree", "q_similarity"])
 def test_a_filter_leaves_cells_empty(browser: Any, labelled_file: Path, colour: str) -> None:
     page, errors = opened(browser, labelled_file)
     page.select_option("#colour", colour)
+    of_all = colour_range(page)
     page.select_option("#label", "periodic")
+    assert colour_range(page) == of_all
+    assert of_all[0] < of_all[1]
     assert cells(page) == [[True, False, True, False, False, False]] * 2
     letters = page.locator("#atlas .heatmap-label").all_text_contents()
     assert [x for x in letters if x] == ([] if colour == "q_similarity" else ["P"] * 4)

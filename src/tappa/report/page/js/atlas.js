@@ -27,7 +27,9 @@ const colourScale = () => {
     return { zmin: 0, zmax: 1, colorscale: [[0, COLOURS[6]], [1, RED]], showscale: false };
   if (LABELLED.includes(state.colour)) // the bar over the page names these colours
     return { zmin: -0.5, zmax: n - 0.5, showscale: false, colorscale: data.labels.flatMap((_, i) => [[i / n, COLOURS[i]], [(i + 1) / n, COLOURS[i]]]) };
-  return { colorscale: "Cividis", colorbar: bar };
+  // of all heads, also of those that a filter hides: a colour stands for the same value
+  const range = current().heads.map(valueOf).filter(Number.isFinite).reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
+  return { ...(range[0] < range[1] ? { zmin: range[0], zmax: range[1] } : {}), colorscale: "Cividis", colorbar: bar };
 };
 const frame = () => {
   const head = chosen();
