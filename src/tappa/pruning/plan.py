@@ -62,7 +62,8 @@ class Amounts:
             ("KV heads of each layer", self.kv_groups, kv_heads_of(model) if self.kv_groups else 1),
         ):
             if count >= most:
-                raise PruningError(f"expected 0 to {most - 1} {what} to remove, got {count}")
+                rest = "at least one must stay"
+                raise PruningError(f"cannot remove {count} of {most} {what}: {rest}")
         if self.kv_groups:  # which ones does not matter: every model that lacks as many is alike
             check_kv_groups(model, [(i, g) for i in range(layers) for g in range(self.kv_groups)])
 
