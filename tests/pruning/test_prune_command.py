@@ -160,7 +160,7 @@ def test_from_a_gguf(run: Run, files: list[object], tmp_path: Path) -> None:
         (["--layers", 1, "--dry-run", "--plot", "x.gif"], ".png, .svg or .pdf"),
         (["--layers", 1, "--dry-run", "--importance", "size"], "got 'size'"),
         (["--layers", 1, "--dry-run", "--window", 5], "windows of 8 to 512"),
-        (["--kv-groups", 3, "--dry-run"], "0 to 2 KV heads"),
+        (["--kv-groups", 3, "--dry-run"], "cannot remove 3 of 3 KV heads"),
         (["--layers", 1, "--out", "/proc/none/x"], "cannot write"),
     ],
 )
