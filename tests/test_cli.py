@@ -233,6 +233,10 @@ def test_generate_tells_what_it_will_take(
     assert code == 0
     assert "50 of the prompt, 7 new" in stdout
     assert "9.6 kB held at the end (71%)" in stdout
+    long = ("--prompt-file", text, "--max-new-tokens", 9999, "--dry-run")
+    code, _, errors = run("generate", model_copy, *long)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "a prompt of 50 tokens and 9999 new ones are more than the model's context" in errors
 
 
 def test_generate_as_json(run: Run, model: Path, text: Path) -> None:

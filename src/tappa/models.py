@@ -130,9 +130,10 @@ def local_path(name: str | None = None) -> Path | None:
     return path if path.exists() else None
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest prompt, in tokens, that the model's config allows; None where it says nothing."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """The longest prompt, in tokens, that a config allows; None where it says nothing."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def require_rope(model: torch.nn.Module) -> None:

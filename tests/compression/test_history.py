@@ -68,6 +68,8 @@ def test_a_cache_tells_which_texts_go_on_with_it() -> None:
     assert not cache.continues(text[:, :32])
     assert not cache.continues(longer(OTHER))
     assert not cache.continues(longer(text).expand(2, -1))
+    with pytest.raises(CompressionError, match=r"new tokens after the 32 .* got none: call reset"):
+        cache.model(IDS[:, :0], **with_cache(cache.model, cache))
     cache.reset()
     assert cache.continues(OTHER)
 

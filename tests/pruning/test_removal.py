@@ -373,6 +373,11 @@ def test_amounts_that_cannot_be(amounts: dict[str, Any], words: str) -> None:
         Amounts(**amounts).check(tiny_model("llama"))
 
 
+def test_joined_projections_keep_their_kv_heads() -> None:
+    with pytest.raises(PruningError, match="expected q_proj as a linear layer of its own"):
+        Amounts(kv_groups=1).check(tiny_model("gpt_neox"))
+
+
 def test_an_empty_plan_changes_nothing() -> None:
     model = tiny_model("qwen3")
     before = logits(model)

@@ -19,6 +19,7 @@ from tappa.cli.common import (
 )
 from tappa.cluster.estimate import parameters_of
 from tappa.compression import (
+    check_length,
     check_method,
     describe_methods,
     parse_budget,
@@ -88,6 +89,7 @@ def generate(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
         tokens, new = len(prompt_ids(tokenizer, text, chat)), max_new_tokens
+        check_length(config, tokens, new)
         expected = tappa.estimate(
             *(config, tokens, method, wanted), new_tokens=new, chunk=chunk, dtype=kind
         )

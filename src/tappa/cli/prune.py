@@ -106,6 +106,8 @@ def prune(
         importance=importance,  # type: ignore[arg-type]  # checked below
     )
     if not dry_run:
+        if not (wanted.layers or wanted.query_heads or wanted.kv_groups):
+            raise PruningError("nothing to remove: expected --layers, --query-heads or --kv-groups")
         _check_target(out, force, model)
     kind = pruning.check_plot(plot) if plot is not None else ""
     first, second = packaged_halves()

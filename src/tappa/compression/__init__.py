@@ -21,7 +21,7 @@ from tappa.compression.methods import (
     split_methods,
 )
 from tappa.compression.stacking import stack_caches
-from tappa.compression.writing import Written, prompt_ids, write_on
+from tappa.compression.writing import Written, check_length, prompt_ids, write_on
 
 __all__ = [
     "METHODS",
@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Recording",
     "Written",
+    "check_length",
     "check_method",
     "compress_context",
     "compressed",

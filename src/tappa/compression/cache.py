@@ -397,7 +397,12 @@ class CompressedCache(DynamicCache):
                 "another prompt, batch_repeat_interleave() to go on in several ways"
             )
         shape = None if mask is None else tuple(mask.shape)
-        if new == 0 or (shape is not None and shape != (len(ids), seen + new)):
+        if new == 0:
+            raise CompressionError(
+                f"expected new tokens after the {seen} that the cache has seen, got none: call "
+                "reset() before another prompt"
+            )
+        if shape is not None and shape != (len(ids), seen + new):
             raise CompressionError(
                 f"the cache has seen {seen} tokens and {new} came, with an attention mask of shape "
                 f"{shape}: call reset() before another prompt"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
@@ -78,7 +78,7 @@ def write_on(
     if chunk is not None:
         whole_number("chunk", chunk, 1, CompressionError)
     ids = _encode(tokenizer, prompt, chat)
-    _check_length(model, ids.shape[1], max_new_tokens)
+    check_length(model, ids.shape[1], max_new_tokens)
     warn_of_left_out(model)
     clock = _Clock(tokenizer, show or (lambda text: None))
     ids, steps = ids.to(model.device), takes_over(model, graph)
@@ -187,7 +187,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = Fal
     return list(encoded.input_ids)
 
 
-def _check_length(model: PreTrainedModel, tokens: int, new: int) -> None:
+def check_length(model: Any, tokens: int, new: int) -> None:
+    """Whether a model, or one of this config, takes so many tokens. Raises TextError."""
     context = context_length(model)
     if new < 1:
         raise TextError(f"expected at least 1 new token, got {new}")

@@ -73,6 +73,7 @@ def check_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> dict[str,
         )
     if each == kv_heads:
         raise PruningError(f"cannot remove all {kv_heads} KV heads of a layer: one must stay")
+    sliced = _sliced(model, groups, device="meta")  # refuses projections that are joined
     left = kv_heads - each
     changes = {
         "num_attention_heads": left * (heads // kv_heads),
@@ -80,7 +81,6 @@ def check_kv_groups(model: PreTrainedModel, groups: Sequence[Head]) -> dict[str,
         "head_dim": attention_in(layers[0]).head_dim,
     }
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    sliced = _sliced(model, groups, device="meta")
     check_plain(model, changes, shapes | {name: x.shape for name, x in sliced.items()})
     return changes
 

@@ -124,6 +124,8 @@ def layer_count(wanted: int | float, layers: int) -> int:
 def check_count(count: int, layers: int) -> None:
     """Raises PruningError for a number of layers that cannot be removed."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise PruningError(f"expected a number of layers to remove of 0 or more, got {count!r}")
+        raise PruningError(
+            f"expected layers to remove as a number of 0 or more, or a share as 0.2, got {count!r}"
+        )
     if count >= layers:
         raise PruningError(f"cannot remove {count} of {layers} layers: at least one must stay")
