@@ -40,6 +40,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize(
     ("kind", "implementation"),
     [*((kind, "sdpa") for kind in ROPE_KINDS), ("llama", "eager"), ("gemma3", "eager")],
@@ -52,6 +53,7 @@ def test_logits_are_bit_identical(kind: str, implementation: str) -> None:
     assert torch.equal(plain(model).logits, before)
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_padded_logits_are_bit_identical(kind: str) -> None:
     model, mask = tiny_model(kind), torch.ones_like(IDS)
@@ -61,6 +63,7 @@ def test_padded_logits_are_bit_identical(kind: str) -> None:
     assert torch.equal(prefill(model, IDS, lambda view: None, attention_mask=mask), expected)
 
 
+@pytest.mark.same_kernel
 def test_logits_to_keep() -> None:
     model = tiny_model("llama")
     last = prefill(model, IDS, lambda view: None, logits_to_keep=1)
@@ -89,6 +92,7 @@ def test_everything_is_put_back(kind: str) -> None:
     assert state(model) == before
 
 
+@pytest.mark.same_kernel
 def test_everything_is_put_back_when_the_consumer_raises() -> None:
     def fail(view: LayerView) -> None:
         raise ZeroDivisionError
@@ -109,6 +113,7 @@ def test_no_capture_within_a_capture() -> None:
     assert state(model) == before
 
 
+@pytest.mark.same_kernel
 def test_two_models_can_be_captured_at_once() -> None:
     outer, inner = tiny_model("llama"), tiny_model("glm")
     seen: list[LayerView] = []

@@ -23,6 +23,7 @@ from tappa.interface import AttentionSwitch, implementation_of
 from tiny import tiny_model as make_tiny
 from tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.same_kernel
 tiny_model: Callable[..., Any] = make_tiny  # whose generate() type checkers do not see
 IDS = torch.randint(3, 97, (1, 61), generator=torch.Generator().manual_seed(5))
 OTHERS = torch.randint(3, 97, (2, 43), generator=torch.Generator().manual_seed(7))
