@@ -68,6 +68,7 @@ def test_generate_and_with(pair: tuple[Any, Any]) -> None:
     assert held[0] <= 23
 
 
+@pytest.mark.same_kernel
 def test_a_context_and_a_recording(pair: tuple[Any, Any]) -> None:
     found = []
     for model in pair:
@@ -82,6 +83,7 @@ def test_a_context_and_a_recording(pair: tuple[Any, Any]) -> None:
     torch.testing.assert_close(found[0][2:], found[1][2:])
 
 
+@pytest.mark.same_kernel
 def test_lm_eval(pair: tuple[Any, Any]) -> None:
     answers = []
     for model in pair:
