@@ -1,36 +1,12 @@
-"""The model that a caller hands over: what is none, and what runs inside one of peft."""
+"""Models that peft has wrapped: what runs inside of them."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from tappa.arguments import require_model
 from tappa.errors import ModelError
-from tappa.wording import described
-
-
-def require_model(model: Any) -> None:
-    """Raise ModelError for what is no model, such as its name."""
-    if isinstance(model, nn.Module) and hasattr(model, "config"):
-        return
-    came, hint = described(model), ""
-    if isinstance(model, str | Path):
-        hint = ": load it first, model, tokenizer = tappa.load(...)"
-    elif isinstance(model, PreTrainedTokenizerBase):
-        came, hint = "a tokenizer", ": the model comes first"
-    elif isinstance(model, tuple):
-        came, hint = f"a {type(model).__name__}", ": model, tokenizer = tappa.load(...) takes apart"
-    raise ModelError(f"expected a model of transformers, got {came}{hint}")
-
-
-def require_tokenizer(tokenizer: Any) -> None:
-    """Raise ModelError for what is no tokenizer."""
-    if not callable(tokenizer) or isinstance(tokenizer, nn.Module | type):
-        came = f"a {type(tokenizer).__name__}" if callable(tokenizer) else described(tokenizer)
-        raise ModelError(
-            f"expected a tokenizer of transformers, got {came}: tappa.load gives one with the model"
-        )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

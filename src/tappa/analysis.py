@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tappa.adapters import require_tokenizer, unwrapped
-from tappa.arguments import check_callable, path_of, whole_number
+from tappa.adapters import unwrapped
+from tappa.arguments import check_callable, path_of, require_tokenizer, whole_number
 from tappa.capture import LayerView, prefill
 from tappa.checkpoint import first_line
 from tappa.columns import in_order

@@ -5,7 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tappa.errors import TappaError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tappa.errors import ModelError, TappaError
 from tappa.wording import described
 
 
@@ -43,3 +46,26 @@ def check_callable(name: str, value: Any) -> None:
     """Raise TappaError for what is neither None nor a function."""
     if value is not None and not callable(value):
         raise TappaError(f"expected {name} as a function, got {described(value)}")
+
+
+def require_model(model: Any) -> None:
+    """Raise ModelError for what is no model, such as its name."""
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
+        return
+    came, hint = described(model), ""
+    if isinstance(model, str | Path):
+        hint = ": load it first, model, tokenizer = tappa.load(...)"
+    elif isinstance(model, PreTrainedTokenizerBase):
+        came, hint = "a tokenizer", ": the model comes first"
+    elif isinstance(model, tuple):
+        came, hint = f"a {type(model).__name__}", ": model, tokenizer = tappa.load(...) takes apart"
+    raise ModelError(f"expected a model of transformers, got {came}{hint}")
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ModelError for what is no tokenizer."""
+    if not callable(tokenizer) or isinstance(tokenizer, nn.Module | type):
+        came = f"a {type(tokenizer).__name__}" if callable(tokenizer) else described(tokenizer)
+        raise ModelError(
+            f"expected a tokenizer of transformers, got {came}: tappa.load gives one with the model"
+        )

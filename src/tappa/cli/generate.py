@@ -19,6 +19,7 @@ from tappa.cli.common import (
 )
 from tappa.cluster.estimate import parameters_of
 from tappa.compression import (
+    Estimate,
     check_length,
     check_method,
     describe_methods,
@@ -88,18 +89,14 @@ def generate(
         config, tokenizer, kind = load_config(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        tokens, new = len(prompt_ids(tokenizer, text, chat)), max_new_tokens
-        check_length(config, tokens, new)
+        tokens = len(prompt_ids(tokenizer, text, chat))
+        check_length(config, tokens, max_new_tokens)
         expected = tappa.estimate(
-            *(config, tokens, method, wanted), new_tokens=new, chunk=chunk, dtype=kind
+            *(config, tokens, method, wanted), new_tokens=max_new_tokens, chunk=chunk, dtype=kind
         )
         parameters = parameters_of(model)
         weights = None if parameters is None else parameters * kind.itemsize
-        if as_json:
-            counts = {"prompt_tokens": tokens, "new_tokens": new, "weights_nbytes": weights}
-            print(json.dumps(counts | asdict(expected)))
-            return
-        Console().print(render_estimate(expected, tokens, new, weights))
+        _show_estimate(expected, tokens, max_new_tokens, weights, as_json)
         return
     with errors.status("loading the model"):
         loaded = tappa.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -128,6 +125,16 @@ def methods(
         print(json.dumps(describe_methods()))
         return
     Console().print(render_methods(describe_methods()))
+
+
+def _show_estimate(
+    expected: Estimate, tokens: int, new: int, weights: int | None, as_json: bool
+) -> None:
+    if as_json:
+        counts = {"prompt_tokens": tokens, "new_tokens": new, "weights_nbytes": weights}
+        print(json.dumps(counts | asdict(expected)))
+    else:
+        Console().print(render_estimate(expected, tokens, new, weights))
 
 
 def _print_piece(text: str) -> None:

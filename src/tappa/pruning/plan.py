@@ -6,9 +6,8 @@ from typing import Any, get_args
 import numpy as np
 from transformers import PreTrainedModel
 
-from tappa.adapters import require_model
 from tappa.analysis import Analysis, describe
-from tappa.arguments import finite_number, whole_number
+from tappa.arguments import finite_number, require_model, whole_number
 from tappa.errors import PruningError
 from tappa.pruning.calibration import Calibration, Progress
 from tappa.pruning.heads import Head, check_kv_groups, remove_kv_groups, silence_heads

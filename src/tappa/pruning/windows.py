@@ -6,8 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tappa.adapters import require_tokenizer
-from tappa.arguments import whole_number
+from tappa.arguments import require_tokenizer, whole_number
 from tappa.errors import PruningError, TextError
 from tappa.files import digest_of
 from tappa.models import context_length
